@@ -1,0 +1,1 @@
+"""effjax: smaller and faster neural networks with pure functions over parameter pytrees."""

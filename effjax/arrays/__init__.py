@@ -1,0 +1,32 @@
+"""The compressed array types, one file a type, and the functions over trees of them."""
+
+from effjax.arrays.base import CompressedArray, is_compressed, materialize, nbytes
+from effjax.arrays.codebook import Codebook
+from effjax.arrays.hashed import Hashed
+from effjax.arrays.low_rank import LowRank
+from effjax.arrays.nm_sparse import NMSparse
+from effjax.arrays.packing import pack, packed_size, unpack
+from effjax.arrays.quantized import Quantized
+from effjax.arrays.sharding import partition_specs
+from effjax.arrays.sum import Sum
+from effjax.arrays.view import View, fold, unfold
+
+__all__ = [
+    "Codebook",
+    "CompressedArray",
+    "Hashed",
+    "LowRank",
+    "NMSparse",
+    "Quantized",
+    "Sum",
+    "View",
+    "fold",
+    "is_compressed",
+    "materialize",
+    "nbytes",
+    "pack",
+    "packed_size",
+    "partition_specs",
+    "unfold",
+    "unpack",
+]

@@ -1,0 +1,150 @@
+"""What every compressed array is: a registered dataclass pytree with a logical shape and dtype, true bytes and `materialize()`."""
+
+import dataclasses
+import math
+from abc import abstractmethod
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+PyTree = Any
+Spec = tuple[Any, ...]  # one PartitionSpec entry a logical dimension, always of full length
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is metadata, not data: hashable, and part of the pytree's structure."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+T = TypeVar("T", bound="CompressedArray")
+
+
+def register(cls: type[T]) -> type[T]:
+    """Makes `cls` a frozen keyword-only dataclass and a pytree whose `static()` fields are metadata."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
+    fields = dataclasses.fields(cls)
+    return jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in fields if not f.metadata.get("static")],
+        meta_fields=[f.name for f in fields if f.metadata.get("static")],
+    )
+
+
+class CompressedArray:
+    """A weight `[*L, in, out]` held in fewer bytes.
+
+    `L` are stacked layers or experts. Every data field leads with `*L`, so slicing all fields with `scan`, `vmap` or an
+    index gives the compressed slice; static fields never depend on `L`. Floating fields are trainable, integer fields
+    are frozen. Fields may hold anything jax maps over (arrays, tracers, `ShapeDtypeStruct`, specs), hence nothing is
+    checked at construction: the functions that make compressed arrays check their input instead.
+    """
+
+    dtype: np.dtype  # what materialize() returns
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape `[*L, in, out]`."""
+
+    @abstractmethod
+    def materialize(self) -> jax.Array:
+        """The dense array, of `shape` and `dtype`."""
+
+    @abstractmethod
+    def field_specs(self, spec: Spec) -> dict[str, Any]:
+        """For each data field, the `PartitionSpec` that follows the dense one (`spec`: one entry a logical dimension)."""
+
+    def rows(self, start: jax.Array | int, size: int) -> jax.Array | None:
+        """Dense rows `[start, start + size)` of a `[in, out]` array, or None where they cannot be cut out cheaply.
+
+        `size` is a multiple of `row_multiple` that divides `in`, `start` a multiple of `size`.
+        """
+        return None
+
+    @property
+    def row_multiple(self) -> int:
+        """The smallest number of rows that `rows` can cut out."""
+        return self.shape[-2]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Container bytes of all data fields: what memory and disk really hold."""
+        return nbytes(jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.size
+
+    @property
+    def data_fields(self) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(self) if not f.metadata.get("static"))  # type: ignore[arg-type]
+
+    @property
+    def static_fields(self) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(self) if f.metadata.get("static"))  # type: ignore[arg-type]
+
+    def replace(self: T, **changes: Any) -> T:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def astype(self: T, dtype: Any) -> T:
+        """The same codes, materialised in another floating dtype."""
+        return self.replace(dtype=np.dtype(dtype))
+
+    def __getitem__(self: T, index: int) -> T:
+        """Slice `index` of the leading stacked dimension, still compressed."""
+        if self.ndim < 3:
+            raise IndexError(f"{self} has no leading stacked dimension to index; call .materialize() first")
+        return jax.tree.map(lambda field: field[index], self)
+
+    def __repr__(self) -> str:
+        try:
+            what = f"{self.dtype.name}{list(self.shape)}, {self.bits_per_weight:.3g} bits a weight"
+        except (AttributeError, TypeError, IndexError):  # fields that are not arrays, as in a tree of specs
+            what = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.data_fields)
+        meta = "".join(f", {name}={getattr(self, name)}" for name in self.static_fields if name != "dtype")
+        return f"{type(self).__name__}({what}{meta})"
+
+
+def is_compressed(x: Any) -> bool:
+    """Whether `x` is a compressed leaf; the `is_leaf` to walk a parameter tree with."""
+    return isinstance(x, CompressedArray)
+
+
+def materialize(tree: PyTree) -> PyTree:
+    """Replaces every compressed leaf by its dense array.
+
+    Example:
+        >>> import effjax as ej, jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((8, 4))}
+        >>> qparams = ej.quantize_params(params, ej.quantize.RTN(bits=8, group_size=None))
+        >>> ej.materialize(qparams)["kernel"].shape
+        (8, 4)
+    """
+    return jax.tree.map(lambda x: x.materialize() if is_compressed(x) else x, tree, is_leaf=is_compressed)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes that the arrays of `tree` occupy in memory and on disk (works on `ShapeDtypeStruct` too)."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def dense_struct(x: Any) -> Any:
+    """The `ShapeDtypeStruct` that a model sees in place of a compressed leaf; anything else as it is."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x
+
+
+def full_spec(spec: PartitionSpec | None, ndim: int) -> Spec:
+    """`spec` padded with None to one entry a dimension."""
+    entries = tuple(spec) if spec is not None else ()
+    return entries + (None,) * (ndim - len(entries))

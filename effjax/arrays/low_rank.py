@@ -1,0 +1,50 @@
+"""A weight as the product of two thin factors."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from effjax.arrays.base import CompressedArray, Spec, register, static
+
+
+@register
+class LowRank(CompressedArray):
+    """`W = a @ b`, both factors trainable.
+
+    Attributes:
+        a: `float[*L, in, rank]`.
+        b: `float[*L, rank, out]`.
+        dtype: dtype of the materialised weight.
+    """
+
+    a: Float[Array, "*L in rank"]
+    b: Float[Array, "*L rank out"]
+    dtype: np.dtype = static(default=np.dtype("float32"))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.a.shape[:-1], self.b.shape[-1])
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    def materialize(self) -> jax.Array:
+        product = jnp.matmul(self.a, self.b, preferred_element_type=jnp.float32)
+        return product.astype(self.dtype)
+
+    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
+        a = jax.lax.dynamic_slice_in_dim(self.a, start, size, axis=-2)
+        return jnp.matmul(a, self.b, preferred_element_type=jnp.float32).astype(self.dtype)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1
+
+    def field_specs(self, spec: Spec) -> dict[str, Any]:
+        *lead, rows, out = spec
+        return {"a": P(*lead, rows, None), "b": P(*lead, None, out)}

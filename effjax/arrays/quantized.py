@@ -1,0 +1,134 @@
+"""Uniformly quantized weights: packed integer codes, a scale and optionally a zero point per group of inputs."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Integer, UInt8
+
+from effjax.arrays.base import CompressedArray, Spec, register, static
+from effjax.arrays.packing import pack, packed_size, unpack
+from effjax.errors import LeafError
+
+
+def centre(bits: int) -> float:
+    """The zero point of a symmetric grid of `bits` bits: `2**(bits-1)`, and 1/2 for one bit, whose two levels are ±scale/2."""
+    return 0.5 if bits == 1 else float(2 ** (bits - 1))
+
+
+@register
+class Quantized(CompressedArray):
+    """`W[i, o] = scales[g(i), o] * (code[i, o] - zero[g(i), o])` with groups `g` of consecutive inputs.
+
+    Attributes:
+        codes: the packed codes, `uint8[*L, ceil(in * bits / 8), out]` (see `effjax.arrays.packing`).
+        scales: `float[*L, groups, out]`; one group is per-channel quantization.
+        zeros: packed zero points, `uint8[*L, ceil(groups * bits / 8), out]`, or None for a symmetric grid.
+        bits: 1 to 8.
+        pad: codes that fill the last byte of a column, so that `in` follows from the arrays.
+        dtype: dtype of the materialised weight.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> codes = jnp.arange(8, dtype=jnp.uint8).reshape(8, 1)
+        >>> w = Quantized.from_codes(codes, jnp.ones((1, 1)), None, bits=4, dtype=jnp.float32)
+        >>> w.materialize().ravel().tolist()
+        [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]
+    """
+
+    codes: UInt8[Array, "*L bytes out"]
+    scales: Float[Array, "*L groups out"]
+    zeros: UInt8[Array, "*L zero_bytes out"] | None
+    bits: int = static()
+    pad: int = static(default=0)
+    dtype: np.dtype = static(default=np.dtype("float32"))
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Integer[Array, "*L in out"],
+        scales: Float[Array, "*L groups out"],
+        zeros: Integer[Array, "*L groups out"] | None,
+        *,
+        bits: int,
+        dtype: Any,
+    ) -> "Quantized":
+        """Packs codes in `[0, 2**bits)` and zero points in the same range.
+
+        Raises:
+            LeafError: bits outside 1–8, or groups that do not divide the inputs.
+        """
+        n, groups = codes.shape[-2], scales.shape[-2]
+        if not 1 <= bits <= 8:
+            raise LeafError(f"bits={bits}: a Quantized array holds 1 to 8 bits")
+        if n % groups:
+            raise LeafError(f"{groups} groups of scales do not divide {n} inputs")
+        return cls(
+            codes=pack(codes, bits),
+            scales=scales,
+            zeros=None if zeros is None else pack(zeros, bits),
+            bits=bits,
+            pad=packed_size(n, bits) * 8 // bits - n,
+            dtype=np.dtype(dtype),
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, size, out = self.codes.shape
+        return (*lead, size * 8 // self.bits - self.pad, out)
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[-2] // self.scales.shape[-2]
+
+    def zero_points(self) -> jax.Array | float:
+        """Zero points, unpacked to `float32[*L, groups, out]`; one number for a symmetric grid."""
+        if self.zeros is None:
+            return centre(self.bits)
+        return unpack(self.zeros, self.bits, self.scales.shape[-2]).astype(jnp.float32)
+
+    def materialize(self) -> jax.Array:
+        return _dequantize(unpack(self.codes, self.bits, self.shape[-2]), self.scales, self.zero_points(), self.dtype)
+
+    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
+        codes = jax.lax.dynamic_slice_in_dim(self.codes, start * self.bits // 8, packed_size(size, self.bits), axis=-2)
+        group_size = self.group_size
+
+        def groups(x: Any) -> Any:
+            if not hasattr(x, "shape"):
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start // group_size, max(1, size // group_size), axis=-2)
+
+        codes = unpack(codes, self.bits, size)
+        return _dequantize(codes, groups(self.scales), groups(self.zero_points()), self.dtype)
+
+    @property
+    def row_multiple(self) -> int:
+        group_size = self.group_size
+        if group_size == self.shape[-2]:  # one group: any run of whole bytes will do
+            return 8
+        return math.lcm(8, group_size)
+
+    def field_specs(self, spec: Spec) -> dict[str, Any]:
+        *lead, rows, out = spec
+        rows = None if self.pad else rows
+        grouped = rows if self.scales.shape[-2] > 1 else None
+        zeros_fill_bytes = self.scales.shape[-2] * self.bits % 8 == 0
+        return {
+            "codes": P(*lead, rows, out),
+            "scales": P(*lead, grouped, out),
+            "zeros": None if self.zeros is None else P(*lead, grouped if zeros_fill_bytes else None, out),
+        }
+
+
+def _dequantize(codes: jax.Array, scales: jax.Array, zeros: jax.Array | float, dtype: np.dtype) -> jax.Array:
+    """`scales * (codes - zeros)` in float32, one scale a group of rows, cast to `dtype` at the end."""
+    *lead, n, out = codes.shape
+    groups = scales.shape[-2]
+    grouped = codes.reshape(*lead, groups, n // groups, out).astype(jnp.float32)
+    zeros = zeros[..., :, None, :] if hasattr(zeros, "shape") else zeros
+    values = (grouped - zeros) * scales.astype(jnp.float32)[..., :, None, :]
+    return values.reshape(*lead, n, out).astype(dtype)
