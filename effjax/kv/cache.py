@@ -1,0 +1,135 @@
+"""The key-value cache: a pytree of fixed shapes whose slots know which token they hold."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.errors import ConfigError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of past tokens, per layer, batch row and key head.
+
+    Slots are filled from 0 in the order of their tokens. `length` and `offset` are apart because eviction empties slots
+    but does not change where the text is. A write beyond the last slot is dropped and `length` stays at `slots`, since
+    nothing can be raised under `jit`: check sizes beforehand, as `effjax.models.generate` does, or `resize`.
+
+    Attributes:
+        k: keys, already rotated, `[layers, batch, kv_heads, slots, head_dim]`.
+        v: values, like `k`.
+        positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
+        scores: float32, like `positions`: the attention that each token has received so far, summed over queries and the
+            query heads of its group.
+        length: int32 `[layers, batch, kv_heads]`, filled slots.
+        offset: int32 `[batch]`, the true position of the next token.
+    """
+
+    k: Any
+    v: Any
+    positions: Any
+    scores: Any
+    length: Any
+    offset: Any
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays (works on `ShapeDtypeStruct` too)."""
+        return sum(
+            math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+            for leaf in jax.tree.leaves(self)
+        )
+
+    def replace(self, **changes: Any) -> "KVCache":
+        return dataclasses.replace(self, **changes)
+
+
+def init_cache(
+    *,
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: Any = jnp.float32,
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+        layers: decoder blocks.
+        batch: rows.
+        kv_heads: key heads.
+        slots: tokens that each row and head can hold.
+        head_dim: width of a head.
+        dtype: of keys and values.
+
+    Raises:
+        ConfigError: a size below 1.
+
+    Example:
+        >>> cache = init_cache(layers=2, batch=1, kv_heads=2, slots=16, head_dim=8)
+        >>> cache.k.shape, cache.nbytes
+        ((2, 1, 2, 16, 8), 4628)
+    """
+    sizes = {
+        "layers": layers,
+        "batch": batch,
+        "kv_heads": kv_heads,
+        "slots": slots,
+        "head_dim": head_dim,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"init_cache: {name} must be at least 1, found {size}")
+    heads = (layers, batch, kv_heads)
+    return KVCache(
+        k=jnp.zeros((*heads, slots, head_dim), dtype),
+        v=jnp.zeros((*heads, slots, head_dim), dtype),
+        positions=jnp.full((*heads, slots), -1, jnp.int32),
+        scores=jnp.zeros((*heads, slots), jnp.float32),
+        length=jnp.zeros(heads, jnp.int32),
+        offset=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def write_layer(
+    cache: KVCache,
+    layer: Int[Array, ""],
+    k: Float[Array, "batch kv_heads length head_dim"],
+    v: Float[Array, "batch kv_heads length head_dim"],
+    positions: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+) -> KVCache:
+    """Appends new tokens to one layer, in place when the cache is donated or a loop's carry.
+
+    Row `b` takes its first `lengths[b]` tokens; padding is not written, so its slots stay empty.
+    """
+    batch, heads, new = k.shape[:3]
+    step = jax.lax.broadcasted_iota(jnp.int32, (batch, heads, new), 2)
+    slot = cache.length[layer][:, :, None] + step
+    slot = jnp.where(
+        step < lengths[:, None, None], slot, cache.slots
+    )  # out of range, therefore dropped
+    at = (
+        layer,
+        jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0),
+        jax.lax.broadcasted_iota(jnp.int32, slot.shape, 1),
+        slot,
+    )
+    where = jnp.broadcast_to(positions[:, None, :], slot.shape)
+    length = jnp.minimum(cache.length[layer] + lengths[:, None], cache.slots)
+    return cache.replace(
+        k=cache.k.at[at].set(k.astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[at].set(v.astype(cache.v.dtype), mode="drop"),
+        positions=cache.positions.at[at].set(where, mode="drop"),
+        length=cache.length.at[layer].set(length),
+    )

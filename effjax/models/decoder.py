@@ -1,0 +1,397 @@
+"""A Llama-family decoder in Flax Linen: one attention for training, prefill and cached decoding.
+
+Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only in what `DecoderConfig` says. Sources: Touvron et al., Llama 2 (2023);
+Zhang and Sennrich, RMSNorm (2019); Shazeer, SwiGLU (2020); Ainslie et al., grouped-query attention (2023).
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from effjax.errors import ConfigError
+from effjax.kv.cache import KVCache, init_cache, write_layer
+from effjax.models.config import DecoderConfig
+from effjax.models.rope import rotary_angles, rotate
+
+PyTree = Any
+Hidden = Float[Array, "batch length hidden"]
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the last axis and scales, in float32; the input's dtype is kept."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*any width"]) -> Float[Array, "*any width"]:
+        scale = self.param(
+            "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
+        )
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(
+            jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
+        )
+        return (
+            wide * jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        ).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`x @ kernel (+ bias)` with a kernel `[in, out]`, computed in the dtype of `x`."""
+
+    features: int
+    use_bias: bool
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), shape, self.param_dtype
+        )
+        y = jnp.dot(x, kernel.astype(x.dtype))
+        if self.use_bias:
+            bias = self.param(
+                "bias", nn.initializers.zeros, (self.features,), self.param_dtype
+            )
+            y = y + bias.astype(x.dtype)[None, None, :]
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; softmax in float32."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
+        positions: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"],
+        angles: tuple[Array, Array],
+    ) -> tuple[Hidden, KVCache | None]:
+        c, (batch, length, _) = self.config, x.shape
+        kv_heads, group = (
+            c.num_key_value_heads,
+            c.num_attention_heads // c.num_key_value_heads,
+        )
+
+        def heads(name: str, count: int, norm: str | None) -> Array:
+            y = Linear(count * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x)
+            y = y.reshape(batch, length, count, c.head_dim)
+            if norm is None:
+                return y
+            if c.qk_norm:
+                y = RMSNorm(c.rms_norm_eps, c.param_dtype, name=norm)(y)
+            return rotate(y, *angles)
+
+        q = heads("q_proj", c.num_attention_heads, "q_norm").reshape(
+            batch, length, kv_heads, group, c.head_dim
+        )
+        k = heads("k_proj", kv_heads, "k_norm").swapaxes(1, 2)
+        v = heads("v_proj", kv_heads, None).swapaxes(1, 2)
+        if cache is None:
+            slot_positions = jnp.broadcast_to(
+                positions[:, None, :], (batch, kv_heads, length)
+            )
+        else:
+            cache = write_layer(cache, layer, k, v, positions, lengths)
+            k, v, slot_positions = (
+                cache.k[layer].astype(x.dtype),
+                cache.v[layer].astype(x.dtype),
+                cache.positions[layer],
+            )
+
+        query_at, slot_at = positions[:, None, :, None], slot_positions[:, :, None, :]
+        seen = (slot_at >= 0) & (slot_at <= query_at)
+        if c.sliding_window is not None:
+            seen = seen & (query_at - slot_at < c.sliding_window)
+        logits = (
+            jnp.einsum("bthgd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32)
+            * c.head_dim**-0.5
+        )
+        weights = jax.nn.softmax(
+            jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1
+        )
+        if cache is not None:  # what padding attends to does not count
+            asked = (
+                jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1)
+                < lengths[:, None]
+            )
+            received = jnp.einsum(
+                "bhgts,bt->bhs",
+                jnp.where(seen[:, :, None], weights, 0.0),
+                asked.astype(jnp.float32),
+            )
+            cache = cache.replace(scores=cache.scores.at[layer].add(received))
+        y = jnp.einsum("bhgts,bhsd->bthgd", weights.astype(x.dtype), v)
+        y = y.reshape(batch, length, c.num_attention_heads * c.head_dim)
+        return Linear(c.hidden_size, c.o_bias, c.param_dtype, name="o_proj")(y), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        c = self.config
+        gate = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(
+            x
+        )
+        up = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="up_proj")(x)
+        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(
+            jax.nn.silu(gate) * up
+        )
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normalised before and added to the residual stream.
+
+    The carry `(x, cache)` holds the cache of all layers, so that a scan updates it in place at its layer.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Hidden, KVCache | None],
+        layer: Int[Array, ""],
+        positions: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"],
+        angles: tuple[Array, Array],
+    ) -> tuple[tuple[Hidden, KVCache | None], None]:
+        c, (x, cache) = self.config, carry
+        y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x)
+        y, cache = Attention(c, name="attention")(
+            y, cache, layer, positions, lengths, angles
+        )
+        x = x + y
+        y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="mlp_norm")(x)
+        return (x + MLP(c, name="mlp")(y), cache), None
+
+
+class Embed(nn.Module):
+    """The token table, looked up on the way in and, when tied, multiplied on the way out."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), shape, self.config.param_dtype
+        )
+
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Hidden:
+        return jnp.take(self.embedding, tokens, axis=0).astype(
+            self.config.dtype or self.embedding.dtype
+        )
+
+    def attend(self, x: Hidden) -> Float[Array, "batch length vocab"]:
+        contract_hidden = (((2,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            x,
+            self.embedding.astype(x.dtype),
+            contract_hidden,
+            preferred_element_type=jnp.float32,
+        )
+
+
+class Head(nn.Module):
+    """The untied output projection, to float32 logits."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Float[Array, "batch length vocab"]:
+        c = self.config
+        kernel = self.param(
+            "kernel",
+            nn.initializers.normal(0.02),
+            (c.hidden_size, c.vocab_size),
+            c.param_dtype,
+        )
+        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Decoder(nn.Module):
+    """The language model: tokens to logits, with or without a cache.
+
+    Parameters (`layers_{i}/...`, or `layers/...` with a leading layer axis when `config.scan_layers`):
+    `embed/embedding`, `layers_{i}/attention_norm/scale`, `layers_{i}/attention/{q,k,v,o}_proj/{kernel,bias}`,
+    `layers_{i}/attention/{q,k}_norm/scale`, `layers_{i}/mlp_norm/scale`, `layers_{i}/mlp/{gate,up,down}_proj/kernel`,
+    `final_norm/scale`, and `lm_head/kernel` unless tied. Kernels are `[in, out]`.
+
+    Example:
+        >>> config = DecoderConfig(
+        ...     vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> model, tokens = Decoder(config), jnp.zeros((1, 5), jnp.int32)
+        >>> variables = model.init(jax.random.key(0), tokens)
+        >>> model.apply(variables, tokens).shape
+        (1, 5, 256)
+        >>> cache = new_cache(config, batch=1, slots=8)
+        >>> logits, cache = model.apply(variables, tokens, cache=cache)
+        >>> cache.length[0, 0].tolist()
+        [5, 5, 5, 5]
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        cache: KVCache | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> (
+        Float[Array, "batch length vocab"]
+        | tuple[Float[Array, "batch length vocab"], KVCache]
+    ):
+        """Logits of every token's successor.
+
+        Args:
+            tokens: int32, right padded.
+            cache: keys and values of the tokens before these; needs room for `lengths` more in every slot row, which
+                cannot be checked under `jit` (see `KVCache`).
+            lengths: int32, valid tokens of each row; None means all. A row of 0 leaves its cache as it is.
+
+        Returns:
+            Logits, float32; with a cache also the cache after these tokens. Logits of padding mean nothing.
+
+        Raises:
+            ConfigError: the shapes of tokens, lengths, cache and configuration do not fit.
+        """
+        c = self.config
+        batch, length = _check_shapes(c, tokens, cache, lengths)
+        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.offset
+        counts = (
+            jnp.full((batch,), length, jnp.int32)
+            if lengths is None
+            else lengths.astype(jnp.int32)
+        )
+        positions = start[:, None] + jax.lax.broadcasted_iota(
+            jnp.int32, (batch, length), 1
+        )
+        angles = rotary_angles(c, positions)
+
+        embed = Embed(c, name="embed")
+        carry: Any = (embed(tokens), cache)
+        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        if c.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+            )
+            indices = jnp.arange(c.num_hidden_layers, dtype=jnp.int32)
+            carry, _ = scanned(c, name="layers")(
+                carry, indices, positions, counts, angles
+            )
+        else:
+            for i in range(c.num_hidden_layers):
+                carry, _ = block(c, name=f"layers_{i}")(
+                    carry, jnp.int32(i), positions, counts, angles
+                )
+        x, cache = carry
+        x = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
+        logits = (
+            embed.attend(x) if c.tie_word_embeddings else Head(c, name="lm_head")(x)
+        )
+        return (
+            logits
+            if cache is None
+            else (logits, cache.replace(offset=cache.offset + counts))
+        )
+
+
+def new_cache(
+    config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None
+) -> KVCache:
+    """An empty cache that fits `config`; `dtype` defaults to the one computed in."""
+    return init_cache(
+        layers=config.num_hidden_layers,
+        batch=batch,
+        kv_heads=config.num_key_value_heads,
+        slots=slots,
+        head_dim=config.head_dim,
+        dtype=dtype or config.dtype or config.param_dtype,
+    )
+
+
+def stack_layers(params: PyTree) -> PyTree:
+    """`layers_0/...`, `layers_1/...` to `layers/...` with a leading layer axis (compressed leaves too).
+
+    Raises:
+        ConfigError: there is no `layers_0`, or a number is missing in between.
+    """
+    numbers = sorted(int(match[1]) for match in map(_LAYER.fullmatch, params) if match)
+    if not numbers or numbers != list(range(len(numbers))):
+        raise ConfigError(
+            f"stack_layers: expected layers_0 and so on without a gap, found {sorted(params)}"
+        )
+    rest = {name: value for name, value in params.items() if not _LAYER.fullmatch(name)}
+    blocks = [params[f"layers_{i}"] for i in numbers]
+    return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)} | rest
+
+
+def unstack_layers(params: PyTree) -> PyTree:
+    """The inverse of `stack_layers`.
+
+    Raises:
+        ConfigError: there is no `layers`.
+    """
+    if "layers" not in params:
+        raise ConfigError(
+            f"unstack_layers: expected layers/... with a leading layer axis, found {sorted(params)}"
+        )
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        for i in range(count)
+    } | rest
+
+
+_LAYER = re.compile(r"layers_(\d+)")
+
+
+def _check_shapes(
+    config: DecoderConfig, tokens: Any, cache: Any, lengths: Any
+) -> tuple[int, int]:
+    if tokens.ndim != 2:
+        raise ConfigError(
+            f"tokens must be [batch, length], found shape {tokens.shape}; add a batch axis"
+        )
+    batch, length = tokens.shape
+    if lengths is not None and lengths.shape != (batch,):
+        raise ConfigError(
+            f"lengths must be [batch] = [{batch}], found shape {lengths.shape}"
+        )
+    if cache is not None:
+        wanted = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            cache.slots,
+            config.head_dim,
+        )
+        if cache.k.shape != wanted:
+            raise ConfigError(
+                f"the cache's keys are {list(cache.k.shape)} but this model and batch need {list(wanted)} "
+                "(layers, batch, kv_heads, slots, head_dim); make it with new_cache(config, batch=..., slots=...)"
+            )
+    return batch, length
