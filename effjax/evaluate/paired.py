@@ -59,7 +59,7 @@ class Comparison:
     verdict: str
     windows: int
     tokens: int
-    rule: VerdictRule = VerdictRule()
+    rule: VerdictRule
     confidence: float = 0.95
     resamples: int = 2000
     seed: int = 0
@@ -133,7 +133,7 @@ def compare_many(
     windows: Int[np.ndarray, "windows length"],
     *,
     batch_size: int = 8,
-    rule: VerdictRule = VerdictRule(),
+    rule: VerdictRule | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -151,7 +151,7 @@ def compare_many(
         candidates: parameters of the compressed models by name.
         windows: int32; every token but the first of each row is predicted from those before it. -1 marks padding at the end.
         batch_size: windows that run at once; bounds the memory of the logits.
-        rule: what the verdict demands; its `margin` is the non-inferiority margin.
+        rule: what the verdict demands, `VerdictRule()` by default; its `margin` is the non-inferiority margin.
         confidence, resamples, seed: of the bootstrap, see `paired_bootstrap`.
         progress: called with `(windows done, windows in all)` after each batch.
 
@@ -162,6 +162,7 @@ def compare_many(
         CalibrationError: `windows` is empty, has one row, or holds nothing to predict; the original is not finite.
         ConfigError: `batch_size` below 1.
     """
+    rule = VerdictRule() if rule is None else rule
     windows = _checked(windows, batch_size)
     logits_of = jax.jit(lambda p, tokens: apply({"params": p}, tokens))
     reference_nll: list[np.ndarray] = []
