@@ -24,8 +24,8 @@ class KVCache:
         k: keys, already rotated, `[layers, batch, kv_heads, slots, head_dim]`.
         v: values, like `k`.
         positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
-        scores: float32, like `positions`: the attention that each token has received so far, summed over queries and the
-            query heads of its group.
+        scores: float32, like `positions`: the attention that each token has received so far, summed over queries and
+            the query heads of its group.
         length: int32 `[layers, batch, kv_heads]`, filled slots.
         offset: int32 `[batch]`, the true position of the next token.
     """
@@ -44,10 +44,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays (works on `ShapeDtypeStruct` too)."""
-        return sum(
-            math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
-            for leaf in jax.tree.leaves(self)
-        )
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     def replace(self, **changes: Any) -> "KVCache":
         return dataclasses.replace(self, **changes)
@@ -116,9 +113,7 @@ def write_layer(
     batch, heads, new = k.shape[:3]
     step = jax.lax.broadcasted_iota(jnp.int32, (batch, heads, new), 2)
     slot = cache.length[layer][:, :, None] + step
-    slot = jnp.where(
-        step < lengths[:, None, None], slot, cache.slots
-    )  # out of range, therefore dropped
+    slot = jnp.where(step < lengths[:, None, None], slot, cache.slots)  # out of range, therefore dropped
     at = (
         layer,
         jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0),
@@ -132,4 +127,36 @@ def write_layer(
         v=cache.v.at[at].set(v.astype(cache.v.dtype), mode="drop"),
         positions=cache.positions.at[at].set(where, mode="drop"),
         length=cache.length.at[layer].set(length),
+    )
+
+
+def resize(cache: KVCache, slots: int) -> KVCache:
+    """The same tokens in `slots` slots: room to go on writing, or unused slots given back.
+
+    Raises:
+        ConfigError: `slots` is below 1, or filled slots would be dropped. The latter is seen where lengths are known;
+            under `jit`, tokens beyond `slots` are dropped.
+    """
+    if slots < 1:
+        raise ConfigError(f"resize: slots must be at least 1, found {slots}")
+    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, jax.core.Tracer)
+    if slots < cache.slots and known and (longest := int(jnp.max(cache.length))) > slots:
+        raise ConfigError(
+            f"resize: {longest} slots are filled and {slots} would drop tokens; write slots={longest} or more, or "
+            "choose "
+            "what to drop with effjax.kv.evict.kv_evict"
+        )
+
+    def fit(x: Array, axis: int, empty: float) -> Array:
+        kept = jax.lax.slice_in_dim(x, 0, min(slots, cache.slots), axis=axis)
+        widths = [(0, 0, 0)] * x.ndim
+        widths[axis] = (0, max(slots - cache.slots, 0), 0)
+        return jax.lax.pad(kept, jnp.asarray(empty, x.dtype), widths)
+
+    return cache.replace(
+        k=fit(cache.k, -2, 0),
+        v=fit(cache.v, -2, 0),
+        positions=fit(cache.positions, -1, -1),
+        scores=fit(cache.scores, -1, 0),
+        length=jnp.minimum(cache.length, slots),
     )

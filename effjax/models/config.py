@@ -65,8 +65,8 @@ class RopeScaling:
         factor: the stretch, at least 1.
         low_freq_factor: `llama3` only: wavelengths longer than `original / low_freq_factor` are stretched.
         high_freq_factor: `llama3` only: wavelengths shorter than `original / high_freq_factor` are kept.
-        original_max_position_embeddings: the length before stretching; needed by `llama3`, for `dynamic` None means
-            the model's `max_position_embeddings`.
+        original_max_position_embeddings: the length before stretching; only `llama3` computes with it (`dynamic` starts
+            to stretch at the model's `max_position_embeddings`).
     """
 
     rope_type: str
@@ -82,24 +82,14 @@ class RopeScaling:
             )
         for key in _ROPE_KEYS[self.rope_type]:
             value = getattr(self, key)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or value <= 0
-            ):
-                raise ConfigError(
-                    f"rope_scaling: {self.rope_type} needs a positive number {key}, found {value!r}"
-                )
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise ConfigError(f"rope_scaling: {self.rope_type} needs a positive number {key}, found {value!r}")
         if self.factor < 1:
+            raise ConfigError(f"rope_scaling: factor {self.factor} is below 1; it divides frequencies, write 1 or more")
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
             raise ConfigError(
-                f"rope_scaling: factor {self.factor} is below 1; it divides frequencies, write 1 or more"
-            )
-        if (
-            self.rope_type == "llama3"
-            and not self.low_freq_factor < self.high_freq_factor
-        ):  # type: ignore[operator]
-            raise ConfigError(
-                f"rope_scaling: low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+                f"rope_scaling: low_freq_factor {self.low_freq_factor} must be below high_freq_factor "
+                f"{self.high_freq_factor}"
             )
 
 
@@ -203,22 +193,19 @@ class DecoderConfig:
                 f"{self.num_attention_heads}; every key head serves a whole number of query heads"
             )
         if self.head_dim % 2:
-            raise ConfigError(
-                f"head_dim {self.head_dim} is odd; rotary positions turn pairs, write an even head_dim"
-            )
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, write an even head_dim")
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic" and self.head_dim < 4:
+            raise ConfigError(f"rope_scaling: dynamic needs a head_dim of 4 or more, found {self.head_dim}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not value > 0
-            ):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise ConfigError(f"{name} must be a positive number, found {value!r}")
         if self.sliding_window is not None:
             _positive_int("sliding_window", self.sliding_window)
             if not family.sliding_window:
                 raise ConfigError(
-                    f"sliding_window {self.sliding_window} contradicts model_type {self.model_type!r}, which attends to "
+                    f"sliding_window {self.sliding_window} contradicts model_type {self.model_type!r}, which attends "
+                    "to "
                     "all tokens; write model_type 'mistral' or sliding_window null"
                 )
         for name in (
@@ -230,31 +217,22 @@ class DecoderConfig:
             "remat",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    f"{name} must be true or false, found {getattr(self, name)!r}"
-                )
+                raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}")
         if family.qkv_bias is not None and self.qkv_bias != family.qkv_bias:
             raise ConfigError(
-                f"qkv_bias {self.qkv_bias} contradicts model_type {self.model_type!r}, which fixes it to {family.qkv_bias}"
+                f"qkv_bias {self.qkv_bias} contradicts model_type {self.model_type!r}, which fixes it to "
+                f"{family.qkv_bias}"
             )
         if self.o_bias and not (self.qkv_bias and family.qkv_bias is None):
-            raise ConfigError(
-                f"o_bias needs a model_type with attention_bias and qkv_bias, found {self.model_type!r}"
-            )
+            raise ConfigError(f"o_bias needs a model_type with attention_bias and qkv_bias, found {self.model_type!r}")
         if family.qkv_bias is None and self.qkv_bias != self.o_bias:
-            raise ConfigError(
-                f"model_type {self.model_type!r} has one attention_bias: write qkv_bias and o_bias alike"
-            )
+            raise ConfigError(f"model_type {self.model_type!r} has one attention_bias: write qkv_bias and o_bias alike")
         if self.mlp_bias and self.model_type != "llama":
-            raise ConfigError(
-                f"mlp_bias contradicts model_type {self.model_type!r}; only 'llama' has it"
-            )
+            raise ConfigError(f"mlp_bias contradicts model_type {self.model_type!r}; only 'llama' has it")
         if self.bos_token_id is not None:
             _token_id("bos_token_id", self.bos_token_id)
         if not isinstance(self.eos_token_ids, tuple):
-            raise ConfigError(
-                f"eos_token_ids must be a tuple of token ids, found {self.eos_token_ids!r}"
-            )
+            raise ConfigError(f"eos_token_ids must be a tuple of token ids, found {self.eos_token_ids!r}")
         for token in self.eos_token_ids:
             _token_id("eos_token_ids", token)
 
@@ -264,7 +242,8 @@ class DecoderConfig:
 
         Args:
             entries: the parsed file.
-            **changes: fields of this class that a file does not hold (`scan_layers`, `remat`, `dtype`) or that shall differ.
+            **changes: fields of this class that a file does not hold (`scan_layers`, `remat`, `dtype`) or that shall
+                differ.
 
         Returns:
             The configuration, equal to `from_hf(config.to_hf())`.
@@ -273,30 +252,24 @@ class DecoderConfig:
             ConfigError: naming the entry that is missing, unknown or contradictory, and what to write.
 
         Example:
-            >>> config = DecoderConfig.from_hf({"model_type": "llama", "vocab_size": 512, "hidden_size": 64,
-            ...     "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4})
-            >>> config.num_key_value_heads
-            4
+            >>> sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5}
+            >>> DecoderConfig.from_hf({"model_type": "llama", "num_attention_heads": 8, **sizes}).head_dim
+            8
         """
         if not isinstance(entries, Mapping):
-            raise ConfigError(
-                f"config.json must hold an object of entries, found {type(entries).__name__}"
-            )
+            raise ConfigError(f"config.json must hold an object of entries, found {type(entries).__name__}")
         if "model_type" not in entries:
-            raise ConfigError(
-                f"config.json: model_type is missing; write one of {sorted(_FAMILIES)}"
-            )
+            raise ConfigError(f"config.json: model_type is missing; write one of {sorted(_FAMILIES)}")
         model_type = entries["model_type"]
         family = _family(model_type)
         if entries.get("quantization_config"):
             raise ConfigError(
-                "config.json: quantization_config says the weights are already compressed; import the original checkpoint"
+                "config.json: quantization_config says the weights are already compressed; import the original "
+                "checkpoint"
             )
         act = entries.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
-            raise ConfigError(
-                f"config.json: hidden_act {act!r} is not supported; this decoder has 'silu'"
-            )
+            raise ConfigError(f"config.json: hidden_act {act!r} is not supported; this decoder has 'silu'")
         required = [
             "vocab_size",
             "hidden_size",
@@ -359,7 +332,8 @@ class DecoderConfig:
             "hidden_act": "silu",
         }
         same = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim "
             "rms_norm_eps rope_theta max_position_embeddings tie_word_embeddings bos_token_id"
         )
         entries |= {key: getattr(self, key) for key in same.split()}
@@ -369,9 +343,7 @@ class DecoderConfig:
             else list(self.eos_token_ids)
         )
         entries["rope_scaling"] = self.rope_scaling and {
-            key: value
-            for key, value in dataclasses.asdict(self.rope_scaling).items()
-            if value is not None
+            key: value for key, value in dataclasses.asdict(self.rope_scaling).items() if value is not None
         }
         family = _FAMILIES[self.model_type]
         if family.qkv_bias is None:
@@ -390,9 +362,7 @@ class DecoderConfig:
 
 def token_ids(value: Any, key: str) -> tuple[int, ...]:
     """A token id, a list of them or null, as a tuple; anything else is a `ConfigError` naming `key`."""
-    listed = (
-        [] if value is None else value if isinstance(value, list | tuple) else [value]
-    )
+    listed = [] if value is None else value if isinstance(value, list | tuple) else [value]
     for token in listed:
         _token_id(key, token)
     return tuple(listed)
@@ -400,9 +370,7 @@ def token_ids(value: Any, key: str) -> tuple[int, ...]:
 
 def _family(model_type: Any) -> _Family:
     if model_type not in _FAMILIES:
-        raise ConfigError(
-            f"model_type {model_type!r} is not known; this decoder runs {sorted(_FAMILIES)}"
-        )
+        raise ConfigError(f"model_type {model_type!r} is not known; this decoder runs {sorted(_FAMILIES)}")
     return _FAMILIES[model_type]
 
 
@@ -413,9 +381,7 @@ def _positive_int(name: str, value: Any) -> None:
 
 def _token_id(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ConfigError(
-            f"{name} must be a token id (a whole number of 0 or more), found {value!r}"
-        )
+        raise ConfigError(f"{name} must be a token id (a whole number of 0 or more), found {value!r}")
 
 
 def _read_rope(entries: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
@@ -423,9 +389,7 @@ def _read_rope(entries: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     old, new = entries.get("rope_scaling"), entries.get("rope_parameters")
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(
-                f"config.json: {key} must be an object or null, found {value!r}"
-            )
+            raise ConfigError(f"config.json: {key} must be an object or null, found {value!r}")
     theta = entries.get("rope_theta")
     if new and new.get("rope_theta") is not None:
         if theta is not None and theta != new["rope_theta"]:
@@ -433,35 +397,26 @@ def _read_rope(entries: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
                 f"config.json: rope_theta {theta} contradicts rope_parameters/rope_theta {new['rope_theta']}; keep one"
             )
         theta = new["rope_theta"]
-    found = [
-        _read_scaling(key, value)
-        for key, value in (("rope_scaling", old), ("rope_parameters", new))
-        if value
-    ]
+    found = [_read_scaling(key, value) for key, value in (("rope_scaling", old), ("rope_parameters", new)) if value]
     if len(found) == 2 and found[0] != found[1]:
-        raise ConfigError(
-            "config.json: rope_scaling contradicts rope_parameters; keep one"
-        )
+        raise ConfigError("config.json: rope_scaling contradicts rope_parameters; keep one")
     return theta, found[0] if found else None
 
 
 def _read_scaling(key: str, entries: Mapping[str, Any]) -> RopeScaling | None:
     old, new = entries.get("type"), entries.get("rope_type")
     if old is not None and new is not None and old != new:
-        raise ConfigError(
-            f"config.json: {key} says type {old!r} and rope_type {new!r}; keep rope_type"
-        )
+        raise ConfigError(f"config.json: {key} says type {old!r} and rope_type {new!r}; keep rope_type")
     rope_type = new if new is not None else old
     if rope_type == "default" or (rope_type is None and set(entries) <= {"rope_theta"}):
         return None
     if rope_type not in _ROPE_KEYS:
         raise ConfigError(
-            f"config.json: {key} has rope_type {rope_type!r}; this decoder runs 'default', 'linear', 'dynamic' and 'llama3'"
+            f"config.json: {key} has rope_type {rope_type!r}; this decoder runs 'default', 'linear', 'dynamic' and "
+            "'llama3'"
         )
     names = {field.name for field in dataclasses.fields(RopeScaling)} - {"rope_type"}
-    return RopeScaling(
-        rope_type=rope_type, **{name: entries.get(name) for name in names}
-    )  # type: ignore[arg-type]
+    return RopeScaling(rope_type=rope_type, **{name: entries.get(name) for name in names})  # type: ignore[arg-type]
 
 
 def _read_window(entries: Mapping[str, Any], family: _Family) -> int | None:
@@ -477,22 +432,18 @@ def _read_window(entries: Mapping[str, Any], family: _Family) -> int | None:
         entries.get("sliding_window", family.defaults.get("sliding_window")),
         entries["num_hidden_layers"],
     )
-    by_switch = (
-        entries["model_type"] != "mistral"
-    )  # Qwen files name a window even where they do not use it
+    by_switch = entries["model_type"] != "mistral"  # Qwen files name a window even where they do not use it
     if window is None or (by_switch and not entries.get("use_sliding_window", False)):
         return None
-    slides = [
-        not by_switch or layer >= entries.get("max_window_layers", 28)
-        for layer in range(layers)
-    ]
+    slides = [not by_switch or layer >= entries.get("max_window_layers", 28) for layer in range(layers)]
     if entries.get("layer_types") is not None:
         listed = list(entries["layer_types"])
         unknown = set(listed) - {"full_attention", "sliding_attention"}
         if unknown or len(listed) != layers:
             raise ConfigError(
                 f"config.json: layer_types must list {layers} times 'full_attention' or 'sliding_attention' "
-                f"(num_hidden_layers), found {len(listed)} entries{', unknown ' + repr(sorted(unknown)) if unknown else ''}"
+                f"(num_hidden_layers), found {len(listed)} "
+                f"entries{', unknown ' + repr(sorted(unknown)) if unknown else ''}"
             )
         slides = [kind == "sliding_attention" for kind in listed]
     if all(slides):

@@ -1,9 +1,10 @@
 """A Llama-family decoder in Flax Linen: one attention for training, prefill and cached decoding.
 
-Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only in what `DecoderConfig` says. Sources: Touvron et al., Llama 2 (2023);
-Zhang and Sennrich, RMSNorm (2019); Shazeer, SwiGLU (2020); Ainslie et al., grouped-query attention (2023).
+Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only in what `DecoderConfig` says. Sources: Touvron et al., Llama 2
+(2023); Zhang and Sennrich, RMSNorm (2019); Shazeer, SwiGLU (2020); Ainslie et al., grouped-query attention (2023).
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -29,16 +30,10 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*any width"]) -> Float[Array, "*any width"]:
-        scale = self.param(
-            "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype
-        )
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(
-            jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
-        )
-        return (
-            wide * jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
-        ).astype(x.dtype)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -51,14 +46,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         shape = (x.shape[-1], self.features)
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), shape, self.param_dtype
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         y = jnp.dot(x, kernel.astype(x.dtype))
         if self.use_bias:
-            bias = self.param(
-                "bias", nn.initializers.zeros, (self.features,), self.param_dtype
-            )
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(x.dtype)[None, None, :]
         return y
 
@@ -93,15 +84,11 @@ class Attention(nn.Module):
                 y = RMSNorm(c.rms_norm_eps, c.param_dtype, name=norm)(y)
             return rotate(y, *angles)
 
-        q = heads("q_proj", c.num_attention_heads, "q_norm").reshape(
-            batch, length, kv_heads, group, c.head_dim
-        )
+        q = heads("q_proj", c.num_attention_heads, "q_norm").reshape(batch, length, kv_heads, group, c.head_dim)
         k = heads("k_proj", kv_heads, "k_norm").swapaxes(1, 2)
         v = heads("v_proj", kv_heads, None).swapaxes(1, 2)
         if cache is None:
-            slot_positions = jnp.broadcast_to(
-                positions[:, None, :], (batch, kv_heads, length)
-            )
+            slot_positions = jnp.broadcast_to(positions[:, None, :], (batch, kv_heads, length))
         else:
             cache = write_layer(cache, layer, k, v, positions, lengths)
             k, v, slot_positions = (
@@ -114,18 +101,10 @@ class Attention(nn.Module):
         seen = (slot_at >= 0) & (slot_at <= query_at)
         if c.sliding_window is not None:
             seen = seen & (query_at - slot_at < c.sliding_window)
-        logits = (
-            jnp.einsum("bthgd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32)
-            * c.head_dim**-0.5
-        )
-        weights = jax.nn.softmax(
-            jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1
-        )
+        logits = jnp.einsum("bthgd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32) * c.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
         if cache is not None:  # what padding attends to does not count
-            asked = (
-                jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1)
-                < lengths[:, None]
-            )
+            asked = jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]
             received = jnp.einsum(
                 "bhgts,bt->bhs",
                 jnp.where(seen[:, :, None], weights, 0.0),
@@ -145,13 +124,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         c = self.config
-        gate = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(
-            x
-        )
+        gate = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(x)
         up = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="up_proj")(x)
-        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(
-            jax.nn.silu(gate) * up
-        )
+        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -173,9 +148,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[Hidden, KVCache | None], None]:
         c, (x, cache) = self.config, carry
         y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x)
-        y, cache = Attention(c, name="attention")(
-            y, cache, layer, positions, lengths, angles
-        )
+        y, cache = Attention(c, name="attention")(y, cache, layer, positions, lengths, angles)
         x = x + y
         y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="mlp_norm")(x)
         return (x + MLP(c, name="mlp")(y), cache), None
@@ -188,14 +161,10 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         shape = (self.config.vocab_size, self.config.hidden_size)
-        self.embedding = self.param(
-            "embedding", nn.initializers.normal(0.02), shape, self.config.param_dtype
-        )
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.config.param_dtype)
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Hidden:
-        return jnp.take(self.embedding, tokens, axis=0).astype(
-            self.config.dtype or self.embedding.dtype
-        )
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype or self.embedding.dtype)
 
     def attend(self, x: Hidden) -> Float[Array, "batch length vocab"]:
         contract_hidden = (((2,), (1,)), ((), ()))
@@ -255,10 +224,7 @@ class Decoder(nn.Module):
         *,
         cache: KVCache | None = None,
         lengths: Int[Array, " batch"] | None = None,
-    ) -> (
-        Float[Array, "batch length vocab"]
-        | tuple[Float[Array, "batch length vocab"], KVCache]
-    ):
+    ) -> Float[Array, "batch length vocab"] | tuple[Float[Array, "batch length vocab"], KVCache]:
         """Logits of every token's successor.
 
         Args:
@@ -276,14 +242,8 @@ class Decoder(nn.Module):
         c = self.config
         batch, length = _check_shapes(c, tokens, cache, lengths)
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.offset
-        counts = (
-            jnp.full((batch,), length, jnp.int32)
-            if lengths is None
-            else lengths.astype(jnp.int32)
-        )
-        positions = start[:, None] + jax.lax.broadcasted_iota(
-            jnp.int32, (batch, length), 1
-        )
+        counts = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1)
         angles = rotary_angles(c, positions)
 
         embed = Embed(c, name="embed")
@@ -298,29 +258,35 @@ class Decoder(nn.Module):
                 length=c.num_hidden_layers,
             )
             indices = jnp.arange(c.num_hidden_layers, dtype=jnp.int32)
-            carry, _ = scanned(c, name="layers")(
-                carry, indices, positions, counts, angles
-            )
+            carry, _ = scanned(c, name="layers")(carry, indices, positions, counts, angles)
         else:
             for i in range(c.num_hidden_layers):
-                carry, _ = block(c, name=f"layers_{i}")(
-                    carry, jnp.int32(i), positions, counts, angles
-                )
+                carry, _ = block(c, name=f"layers_{i}")(carry, jnp.int32(i), positions, counts, angles)
         x, cache = carry
         x = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
-        logits = (
-            embed.attend(x) if c.tie_word_embeddings else Head(c, name="lm_head")(x)
-        )
-        return (
-            logits
-            if cache is None
-            else (logits, cache.replace(offset=cache.offset + counts))
-        )
+        logits = embed.attend(x) if c.tie_word_embeddings else Head(c, name="lm_head")(x)
+        return logits if cache is None else (logits, cache.replace(offset=cache.offset + counts))
 
 
-def new_cache(
-    config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None
-) -> KVCache:
+@dataclasses.dataclass(frozen=True)
+class DecoderApply:
+    """`Decoder(config).apply` as a function that compares equal for equal configurations, so that jit caches by it.
+
+    Example:
+        >>> config = DecoderConfig(
+        ...     vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> DecoderApply(config) == DecoderApply(config)
+        True
+    """
+
+    config: DecoderConfig
+
+    def __call__(self, variables: PyTree, tokens: Int[Array, "batch length"], **kwargs: Any) -> Any:
+        return Decoder(self.config).apply(variables, tokens, **kwargs)
+
+
+def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None) -> KVCache:
     """An empty cache that fits `config`; `dtype` defaults to the one computed in."""
     return init_cache(
         layers=config.num_hidden_layers,
@@ -340,9 +306,7 @@ def stack_layers(params: PyTree) -> PyTree:
     """
     numbers = sorted(int(match[1]) for match in map(_LAYER.fullmatch, params) if match)
     if not numbers or numbers != list(range(len(numbers))):
-        raise ConfigError(
-            f"stack_layers: expected layers_0 and so on without a gap, found {sorted(params)}"
-        )
+        raise ConfigError(f"stack_layers: expected layers_0 and so on without a gap, found {sorted(params)}")
     rest = {name: value for name, value in params.items() if not _LAYER.fullmatch(name)}
     blocks = [params[f"layers_{i}"] for i in numbers]
     return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)} | rest
@@ -355,32 +319,21 @@ def unstack_layers(params: PyTree) -> PyTree:
         ConfigError: there is no `layers`.
     """
     if "layers" not in params:
-        raise ConfigError(
-            f"unstack_layers: expected layers/... with a leading layer axis, found {sorted(params)}"
-        )
+        raise ConfigError(f"unstack_layers: expected layers/... with a leading layer axis, found {sorted(params)}")
     rest = {name: value for name, value in params.items() if name != "layers"}
     count = jax.tree.leaves(params["layers"])[0].shape[0]
-    return {
-        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        for i in range(count)
-    } | rest
+    return {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)} | rest
 
 
 _LAYER = re.compile(r"layers_(\d+)")
 
 
-def _check_shapes(
-    config: DecoderConfig, tokens: Any, cache: Any, lengths: Any
-) -> tuple[int, int]:
+def _check_shapes(config: DecoderConfig, tokens: Any, cache: Any, lengths: Any) -> tuple[int, int]:
     if tokens.ndim != 2:
-        raise ConfigError(
-            f"tokens must be [batch, length], found shape {tokens.shape}; add a batch axis"
-        )
+        raise ConfigError(f"tokens must be [batch, length], found shape {tokens.shape}; add a batch axis")
     batch, length = tokens.shape
     if lengths is not None and lengths.shape != (batch,):
-        raise ConfigError(
-            f"lengths must be [batch] = [{batch}], found shape {lengths.shape}"
-        )
+        raise ConfigError(f"lengths must be [batch] = [{batch}], found shape {lengths.shape}")
     if cache is not None:
         wanted = (
             config.num_hidden_layers,

@@ -14,9 +14,7 @@ from effjax.models.config import DecoderConfig
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
     """Radians a position for each pair, float32 [head_dim / 2]; for `dynamic`, those of a text that still fits."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(
-        config.head_dim
-    )
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     freqs = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None or scaling.rope_type == "dynamic":
@@ -28,9 +26,7 @@ def frequencies(config: DecoderConfig) -> np.ndarray:
         scaling.high_freq_factor,
         scaling.original_max_position_embeddings,
     )
-    assert (
-        low is not None and high is not None and original is not None
-    )  # RopeScaling checked it
+    assert low is not None and high is not None and original is not None  # RopeScaling checked it
     turns = original * freqs / (2 * np.pi)  # full turns within the original length
     ramp = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - ramp) * freqs / scaling.factor + ramp * freqs).astype(np.float32)
@@ -41,14 +37,12 @@ def rotary_angles(
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
     """Cosine and sine of every pair's angle at `positions`, float32.
 
-    With `dynamic` scaling the base depends on the highest position of the row, so keys that a cache took in earlier keep
-    the base of their time, as in `transformers`.
+    With `dynamic` scaling the base depends on the highest position of the row, so keys that a cache took in earlier
+    keep the base of their time, as in `transformers`.
     """
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
-        limit = (
-            scaling.original_max_position_embeddings or config.max_position_embeddings
-        )
+        limit = scaling.original_max_position_embeddings or config.max_position_embeddings
         seen = jnp.maximum(jnp.max(positions, axis=1) + 1, limit).astype(jnp.float32)
         stretch = scaling.factor * seen / limit - (scaling.factor - 1)
         dim = config.head_dim
@@ -69,6 +63,4 @@ def rotate(
     """Turns the pairs `(x[i], x[i + head_dim / 2])` by their angles, in float32; the dtype of `x` is kept."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jax.lax.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], 3
-    ).astype(x.dtype)
+    return jax.lax.concatenate([first * cos - second * sin, second * cos + first * sin], 3).astype(x.dtype)

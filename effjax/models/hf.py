@@ -1,0 +1,432 @@
+"""Models in Hugging Face directories: config.json, safetensors (one or sharded), tokenizer.json; in and out."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.arrays.base import is_compressed
+from effjax.errors import CheckpointError, ConfigError
+from effjax.models.config import DecoderConfig, token_ids
+from effjax.models.decoder import DecoderApply, unstack_layers
+from effjax.models.safetensors_file import TensorEntry, read_entries
+from effjax.paths import leaves_with_paths
+
+PyTree = Any
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # not a parameter; early Llama files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A decoder ready to run.
+
+    Attributes:
+        config: its configuration; `eos_token_ids` are those that generation stops at.
+        params: parameters, as `Decoder(config)` takes them.
+        tokenizer: a `tokenizers.Tokenizer`, or None where the directory has none.
+        source: the hub id, or the name of the directory (never its path).
+    """
+
+    config: DecoderConfig
+    params: PyTree
+    tokenizer: Any
+    source: str
+
+    @property
+    def apply(self) -> DecoderApply:
+        """`apply({"params": params}, tokens, cache=..., lengths=...)`."""
+        return DecoderApply(self.config)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the model's first token in front where it has one.
+
+        Raises:
+            ConfigError: there is no tokenizer, or it makes an id that the model has no embedding for.
+        """
+        ids = self._need_tokenizer().encode(text).ids
+        bos = self.config.bos_token_id
+        if bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        if ids and max(ids) >= self.config.vocab_size:
+            raise ConfigError(
+                f"{self.source}: the tokenizer makes token {max(ids)}, but vocab_size is {self.config.vocab_size}; "
+                "take the tokenizer.json that belongs to this model"
+            )
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids; special tokens are left out."""
+        return self._need_tokenizer().decode(ids)
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.source}: has no tokenizer.json; put one into the directory, or pass token ids")
+        return self.tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """One parameter on disk: its path in the tree, and whether the file holds it as `[out, in]`."""
+
+    path: str
+    transposed: bool
+    shape: tuple[int, ...]  # on disk
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    scan_layers: bool = False,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Reads a decoder from a directory, or from the hub by its id.
+
+    Tensors are read one at a time; kernels are turned from `[out, in]` to `[in, out]`.
+
+    Args:
+        path_or_id: a directory with config.json, model.safetensors (or shards with an index) and, if texts shall go in
+            and out, tokenizer.json; or a hub id such as `"Qwen/Qwen2.5-0.5B"` (needs `huggingface_hub` and a network).
+        dtype: of the parameters; None keeps what is on disk.
+        scan_layers: stacks the layers for `nn.scan`.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: nothing there, a damaged file, or missing, unexpected or wrongly shaped tensors (all of them
+            are named), or a weight that is not finite.
+        ConfigError: config.json describes no decoder that this package runs.
+
+    Example:
+        >>> model = load_model("path/to/stories260K")  # doctest: +SKIP
+        >>> logits = model.apply({"params": model.params}, jnp.asarray([model.encode("Once upon")]))  # doctest: +SKIP
+    """
+    directory, source = _find(path_or_id, revision)
+    config = read_config(directory, scan_layers=scan_layers)
+    entries = _all_entries(directory)
+    expected = _expected(config)
+    _compare(entries, expected, source)
+    flat: dict[str, Any] = {}
+    for name, tensor in expected.items():
+        weight = _read_finite(name, entries[name])
+        weight = (weight.T if tensor.transposed else weight).astype(dtype or weight.dtype)
+        flat_path, layer = tensor.path, None
+        if scan_layers and (match := re.match(r"layers_(\d+)/", tensor.path)):
+            flat_path, layer = "layers/" + tensor.path[match.end() :], int(match[1])
+        if layer is None:
+            flat[flat_path] = jnp.asarray(weight)
+        else:
+            stacked = flat.setdefault(flat_path, np.empty((config.num_hidden_layers, *weight.shape), weight.dtype))
+            stacked[layer] = weight
+    if config.tie_word_embeddings and "lm_head.weight" in entries:
+        head = _read_finite("lm_head.weight", entries["lm_head.weight"])
+        if head.tobytes() != entries["model.embed_tokens.weight"].read().tobytes():
+            raise CheckpointError(
+                f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
+                "write "
+                "tie_word_embeddings false to use the head"
+            )
+    params = _nest({path: jnp.asarray(leaf) for path, leaf in flat.items()})
+    return LoadedModel(config=config, params=params, tokenizer=_read_tokenizer(directory), source=source)
+
+
+def read_config(directory: Path, **changes: Any) -> DecoderConfig:
+    """The configuration of a model directory, with the stop tokens of generation_config.json where there is one.
+
+    A tokenizer_config.json that names no `bos_token`, or says `add_bos_token` false, leaves `bos_token_id` None.
+    """
+    entries = _read_json(directory / "config.json")
+    config = DecoderConfig.from_hf(entries, **changes)
+    if (directory / "generation_config.json").exists():
+        generation = _read_json(directory / "generation_config.json")
+        if generation.get("eos_token_id") is not None:
+            stops = token_ids(generation["eos_token_id"], "generation_config.json: eos_token_id")
+            config = dataclasses.replace(config, eos_token_ids=stops)
+    if (directory / "tokenizer_config.json").exists():
+        tokens = _read_json(directory / "tokenizer_config.json")
+        if tokens.get("bos_token") is None or tokens.get("add_bos_token") is False:
+            config = dataclasses.replace(config, bos_token_id=None)
+    return config
+
+
+def to_hf_tensors(config: DecoderConfig, params: PyTree) -> dict[str, np.ndarray]:
+    """Parameters under their Hugging Face names, kernels as `[out, in]`.
+
+    Raises:
+        CheckpointError: a parameter is missing, unexpected, compressed, wrongly shaped or not finite (all are named).
+    """
+    flat = dict(leaves_with_paths(unstack_layers(params) if "layers" in params else params))
+    expected = _expected(config)
+    wanted = {tensor.path: (name, tensor) for name, tensor in expected.items()}
+    problems = [f"missing {path}" for path in wanted if path not in flat]
+    problems += [f"unexpected {path}" for path in flat if path not in wanted]
+    tensors: dict[str, np.ndarray] = {}
+    for path, (name, tensor) in wanted.items():
+        leaf = flat.get(path)
+        if leaf is None:
+            continue
+        if is_compressed(leaf):
+            problems.append(f"{path} is compressed ({type(leaf).__name__}): use effjax.materialize(params) first")
+            continue
+        weight = np.asarray(leaf)
+        weight = weight.T if tensor.transposed and weight.ndim == 2 else weight
+        if weight.shape != tensor.shape:
+            found = list(np.shape(leaf))
+            problems.append(
+                f"{path} has shape {found}, expected {list(tensor.shape[:: -1 if tensor.transposed else 1])}"
+            )
+        elif not np.isfinite(weight).all():
+            problems.append(f"{path} has values that are not finite")
+        tensors[name] = np.ascontiguousarray(weight)
+    if problems:
+        raise CheckpointError("these parameters do not fit the configuration: " + "; ".join(problems))
+    return tensors
+
+
+def save_hf(
+    directory: str | os.PathLike[str],
+    config: DecoderConfig,
+    params: PyTree,
+    tokenizer_json: str | None = None,
+    *,
+    files: dict[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that `load_model` and `transformers` read: first under a temporary name, renamed when whole.
+
+    Args:
+        directory: to make; its parent must exist.
+        config: what `params` belong to.
+        params: dense parameters, scanned or unrolled, kept in their dtype.
+        tokenizer_json: the text of tokenizer.json (`tokenizer.to_str()`).
+        files: further texts by file name, such as `{"README.md": card}`.
+        overwrite: replaces a directory that exists already.
+
+    Raises:
+        CheckpointError: parameters that do not fit (nothing is written), a directory that exists already, or a disk
+            that is full (nothing is left behind).
+    """
+    from safetensors.numpy import save_file
+
+    tensors = to_hf_tensors(config, params)
+    target = Path(directory)
+    entries = config.to_hf() | {"torch_dtype": tensors["model.embed_tokens.weight"].dtype.name}
+    texts = {"config.json": json.dumps(entries, indent=2) + "\n"} | (files or {})
+    if tokenizer_json is not None:
+        texts["tokenizer.json"] = tokenizer_json
+    with _renamed_when_whole(target, overwrite) as temporary:
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _renamed_when_whole(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its name at the end, or disappears on any error."""
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target.name} exists already; choose another name, or write overwrite=True")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.name} cannot be made: its parent directory does not exist; make that first")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target.name} cannot be written ({error.strerror}); nothing was left behind") from error
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the writer wraps a full disk
+            raise CheckpointError(
+                f"{target.name} cannot be written ({error}); nothing was left behind, free some space or choose "
+                "another disk"
+            ) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def _find(path_or_id: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
+    """The directory, from the disk or fetched from the hub, and how to call the model."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path, path.resolve().name
+    text = os.fspath(path_or_id)
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        raise CheckpointError(
+            f"{path.name}: no such directory; give a directory with config.json and {_WEIGHTS}, or a hub id "
+            "'owner/name'"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{text}: no such directory, and to fetch it from the hub huggingface_hub is needed (pip install "
+            "huggingface_hub)"
+        ) from error
+    patterns = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "*.safetensors",
+        _INDEX,
+    ]
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns)), text
+    except Exception as error:  # the hub client raises its own, the network's and the cache's errors
+        raise CheckpointError(
+            f"{text}: no such directory, and the hub did not deliver it ({type(error).__name__}: {error}); check the "
+            "id and "
+            "the network, or give a directory"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.name} is missing in {file.resolve().parent.name}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} is damaged ({error}); copy it again") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{file.name} must hold an object, found a {type(entries).__name__}")
+    return entries
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    if not (directory / "tokenizer.json").exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the reader raises plain Exception
+        raise CheckpointError(f"tokenizer.json is damaged ({error}); copy it again") from error
+
+
+def _all_entries(directory: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the directory, from one file or from the shards that the index names."""
+    if (directory / _WEIGHTS).exists():
+        return read_entries(directory / _WEIGHTS)
+    if not (directory / _INDEX).exists():
+        pickles = sorted(file.name for file in directory.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which is not read: convert it to safetensors" if pickles else ""
+        raise CheckpointError(f"{directory.resolve().name}: neither {_WEIGHTS} nor {_INDEX} is there{hint}")
+    weight_map = _read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{_INDEX}: weight_map must map each tensor to a file name")
+    entries: dict[str, TensorEntry] = {}
+    problems: list[str] = []
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{_INDEX}: {file!r} is not a plain file name")
+        if not (directory / file).exists():
+            problems.append(f"{file} is missing")
+            continue
+        for name, entry in read_entries(directory / file).items():
+            if name in entries:
+                problems.append(f"{name} is in {entries[name].file.name} and in {file}")
+            elif weight_map.get(name) != file:
+                problems.append(f"{name} is in {file}, but the index says {weight_map.get(name)}")
+            entries[name] = entry
+    problems += [
+        f"{name} is not in {file}, where the index says"
+        for name, file in weight_map.items()
+        if name not in entries and (directory / file).exists()
+    ]
+    if problems:
+        raise CheckpointError(f"{_INDEX} does not fit the files: " + "; ".join(problems))
+    return entries
+
+
+def _expected(config: DecoderConfig) -> dict[str, _Tensor]:
+    """Hugging Face name to parameter, for everything that `config` promises."""
+    c, expected = config, {}
+
+    def add(name: str, path: str, *shape: int, transposed: bool = False) -> None:
+        expected[name] = _Tensor(path=path, transposed=transposed, shape=shape)
+
+    def linear(name: str, path: str, inputs: int, outputs: int, bias: bool) -> None:
+        add(f"{name}.weight", f"{path}/kernel", outputs, inputs, transposed=True)
+        if bias:
+            add(f"{name}.bias", f"{path}/bias", outputs)
+
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    add("model.embed_tokens.weight", "embed/embedding", c.vocab_size, c.hidden_size)
+    for i in range(c.num_hidden_layers):
+        name, path = f"model.layers.{i}", f"layers_{i}"
+        add(f"{name}.input_layernorm.weight", f"{path}/attention_norm/scale", c.hidden_size)
+        for part, outputs in (("q", queries), ("k", keys), ("v", keys)):
+            linear(f"{name}.self_attn.{part}_proj", f"{path}/attention/{part}_proj", c.hidden_size, outputs, c.qkv_bias)
+        linear(f"{name}.self_attn.o_proj", f"{path}/attention/o_proj", queries, c.hidden_size, c.o_bias)
+        if c.qk_norm:
+            for part in ("q", "k"):
+                add(f"{name}.self_attn.{part}_norm.weight", f"{path}/attention/{part}_norm/scale", c.head_dim)
+        add(f"{name}.post_attention_layernorm.weight", f"{path}/mlp_norm/scale", c.hidden_size)
+        for part in ("gate", "up"):
+            linear(f"{name}.mlp.{part}_proj", f"{path}/mlp/{part}_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)
+        linear(f"{name}.mlp.down_proj", f"{path}/mlp/down_proj", c.intermediate_size, c.hidden_size, c.mlp_bias)
+    add("model.norm.weight", "final_norm/scale", c.hidden_size)
+    if not c.tie_word_embeddings:
+        add("lm_head.weight", "lm_head/kernel", c.vocab_size, c.hidden_size, transposed=True)
+    return expected
+
+
+def _compare(entries: dict[str, TensorEntry], expected: dict[str, _Tensor], source: str) -> None:
+    problems = [f"missing {name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in entries]
+    for name, entry in entries.items():
+        if name not in expected:
+            if name != "lm_head.weight" and not _OLD_BUFFER.fullmatch(name):  # a repeated tied head is compared later
+                problems.append(f"unexpected {name} {list(entry.shape)}")
+        elif entry.shape != expected[name].shape:
+            problems.append(f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name].shape)}")
+        elif not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:
+            problems.append(f"{name} is {entry.dtype.name}, expected bfloat16, float16, float32 or float64")
+    if problems:
+        raise CheckpointError(f"{source}: the tensors do not fit config.json: " + "; ".join(problems))
+
+
+def _read_finite(name: str, entry: TensorEntry) -> np.ndarray:
+    weight = entry.read()
+    bad = ~np.isfinite(weight)
+    if bad.any():
+        at = [int(index) for index in np.argwhere(bad)[0]]
+        raise CheckpointError(
+            f"{entry.file.name}: {name} has {int(bad.sum())} values that are NaN or infinite, the first at {at}; copy "
+            "the "
+            "file again or ask its author"
+        )
+    return weight
+
+
+def _nest(flat: dict[str, jax.Array]) -> PyTree:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
