@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree = Any
 Spec = tuple[Any, ...]  # one PartitionSpec entry a logical dimension, always of full length
@@ -68,6 +68,24 @@ class CompressedArray:
     def row_multiple(self) -> int:
         """The smallest number of rows that `rows` can cut out."""
         return self.shape[-2]
+
+    def columns(self, ids: jax.Array) -> "CompressedArray | None":
+        """The compressed array of outputs `ids` (`int[n]`), or None where columns cannot be picked."""
+        return None
+
+    def logical_spec(self) -> Spec:
+        """The sharding of `shape` that the fields' own shardings (as jax types under explicit axes) amount to."""
+        return full_spec(jax.typeof(getattr(self, self.data_fields[0])).sharding.spec, self.ndim)
+
+    def logical_sharding(self) -> NamedSharding | None:
+        """`logical_spec` on its mesh, where the fields carry shardings in their types; None otherwise."""
+        fields = jax.tree.leaves(self)
+        if any(isinstance(field, jax.ShapeDtypeStruct) and field.sharding is None for field in fields):
+            return None
+        mesh = jax.typeof(fields[0]).sharding.mesh
+        if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+            return None
+        return NamedSharding(mesh, PartitionSpec(*self.logical_spec()))
 
     @property
     def ndim(self) -> int:

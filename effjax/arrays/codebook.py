@@ -94,6 +94,12 @@ class Codebook(CompressedArray):
         n = self.shape[-2]
         return math.lcm(8, *(n // count for count in counts if count > 1))
 
+    def columns(self, ids: jax.Array) -> "Codebook":
+        out, out_groups = self.codes.shape[-1], self.tables.shape[-2]
+        tables = self.tables if out_groups == 1 else jnp.take(self.tables, ids // (out // out_groups), axis=-2)
+        scales = None if self.scales is None else jnp.take(self.scales, ids, axis=-1)
+        return self.replace(codes=jnp.take(self.codes, ids, axis=-1), tables=tables, scales=scales)
+
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
         rows = None if self.pad else rows

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt32
 
-from effjax.arrays.base import CompressedArray, Spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, full_spec, register, static
 
 
 def mix(x: jax.Array) -> jax.Array:
@@ -77,6 +77,9 @@ class Hashed(CompressedArray):
     def _read(self, table: jax.Array, seed: jax.Array, rows: jax.Array) -> jax.Array:
         slot, sign = slots_and_signs(seed, rows, self.out_features, table.shape[-1], self.block)
         return (sign * jnp.take(table.astype(jnp.float32), slot, mode="clip")).astype(self.dtype)
+
+    def logical_spec(self) -> Spec:
+        return (*full_spec(jax.typeof(self.table).sharding.spec, self.table.ndim)[:-1], None, None)
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         # Any entry may read any slot: the table is replicated over the matrix axes and follows only the stacked ones.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from effjax.arrays.base import CompressedArray, Spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, full_spec, register, static
 
 
 @register
@@ -44,6 +44,13 @@ class LowRank(CompressedArray):
     @property
     def row_multiple(self) -> int:
         return 1
+
+    def columns(self, ids: jax.Array) -> "LowRank":
+        return self.replace(b=jnp.take(self.b, ids, axis=-1))
+
+    def logical_spec(self) -> Spec:
+        a, b = (jax.typeof(field).sharding.spec for field in (self.a, self.b))
+        return (*full_spec(a, self.ndim)[:-1], full_spec(b, self.ndim)[-1])
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec

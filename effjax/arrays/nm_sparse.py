@@ -77,6 +77,9 @@ class NMSparse(CompressedArray):
     def row_multiple(self) -> int:
         return 8 * self.m  # eight groups: their indices fill whole bytes whatever n and the index width are
 
+    def columns(self, ids: jax.Array) -> "NMSparse":
+        return jax.tree.map(lambda field: jnp.take(field, ids, axis=-1), self)
+
     def _scatter(self, values: jax.Array, indices: jax.Array) -> jax.Array:
         *lead, kept, out = values.shape
         grouped = (*lead, kept // self.n, self.n, 1, out)

@@ -112,6 +112,9 @@ class Quantized(CompressedArray):
             return 8
         return math.lcm(8, group_size)
 
+    def columns(self, ids: jax.Array) -> "Quantized":
+        return jax.tree.map(lambda field: jnp.take(field, ids, axis=-1), self)
+
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
         rows = None if self.pad else rows

@@ -45,5 +45,12 @@ class Sum(CompressedArray):
     def row_multiple(self) -> int:
         return math.lcm(*(part.row_multiple for part in self.parts))
 
+    def columns(self, ids: jax.Array) -> "Sum | None":
+        parts = [part.columns(ids) for part in self.parts]
+        return None if None in parts else self.replace(parts=tuple(parts))
+
+    def logical_spec(self) -> Spec:
+        return self.parts[0].logical_spec()
+
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         return {"parts": tuple(part.replace(**part.field_specs(spec)) for part in self.parts)}

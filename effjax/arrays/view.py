@@ -65,6 +65,12 @@ class View(CompressedArray):
         split = matrix.reshape(*lead, *self.split_dims)
         return jnp.transpose(split, (*range(len(lead)), *(len(lead) + axis for axis in self.order)))
 
+    def logical_spec(self) -> Spec:
+        *lead, rows, out = self.array.logical_spec()
+        split = [None] * len(self.order)
+        split[0], split[len(self.in_dims)] = rows, out
+        return (*lead, *(split[axis] for axis in self.order))
+
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         lead = len(spec) - len(self.order)
         split = [None] * len(self.order)

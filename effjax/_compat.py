@@ -1,0 +1,44 @@
+"""The only file that may touch jax internals: evaluating one equation as `jax.core.eval_jaxpr` does.
+
+Written for jax 0.10.2 to 0.12: `get_bind_params` returns one dict (subfunctions inside) since 0.10, a `(subfuns, params)`
+pair before; `Jaxpr` and `ClosedJaxpr` are one class since 0.12, hence `open_jaxpr`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jax._src import core, source_info_util
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on `args`; always a list of results."""
+    result = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(result) if eqn.primitive.multiple_results else [result]
+
+
+@contextmanager
+def equation_context(eqn: Any) -> Iterator[None]:
+    """The name stack, source line and compute context that the equation was traced in."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A closed or open jaxpr as `(jaxpr, consts)`."""
+    if isinstance(jaxpr, core.ClosedJaxpr) and not (core.ClosedJaxpr is core.Jaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, core.Literal)
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, core.Tracer)
+
+
+def is_drop_var(var: Any) -> bool:
+    return isinstance(var, core.DropVar)
