@@ -1,8 +1,34 @@
 """effjax: smaller and faster neural networks with pure functions over parameter pytrees."""
 
-from effjax import arrays, ops, quantize
+from effjax import arrays, io, ops, prune, quantize, sketch
 from effjax.arrays import is_compressed, materialize, nbytes, partition_specs
 from effjax.lift import add_stats, calibrate, lift
+from effjax.prune import apply_mask, pack_mask, prune_mask
 from effjax.quantize import quantize_params
+from effjax.sketch import sketch_params
+from effjax.tree import combine, partition, report, summary
 
-__all__ = ["add_stats", "arrays", "calibrate", "is_compressed", "lift", "materialize", "nbytes", "ops", "partition_specs", "quantize", "quantize_params"]
+__all__ = [
+    "add_stats",
+    "apply_mask",
+    "arrays",
+    "calibrate",
+    "combine",
+    "io",
+    "is_compressed",
+    "lift",
+    "materialize",
+    "nbytes",
+    "ops",
+    "pack_mask",
+    "partition",
+    "partition_specs",
+    "prune",
+    "prune_mask",
+    "quantize",
+    "quantize_params",
+    "report",
+    "sketch",
+    "sketch_params",
+    "summary",
+]

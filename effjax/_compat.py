@@ -27,7 +27,7 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A closed or open jaxpr as `(jaxpr, consts)`."""
-    if isinstance(jaxpr, core.ClosedJaxpr) and not (core.ClosedJaxpr is core.Jaxpr):
+    if isinstance(jaxpr, core.ClosedJaxpr) and core.ClosedJaxpr is not core.Jaxpr:
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, getattr(jaxpr, "consts", ())
 

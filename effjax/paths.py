@@ -17,7 +17,9 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 
     NNX states end every path in the variable's `value` attribute; it is dropped, so that Linen and NNX spell alike.
     """
-    attribute_value = bool(key_path) and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
+    attribute_value = (
+        bool(key_path) and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
+    )
     return jax.tree_util.keystr(key_path[:-1] if attribute_value else key_path, simple=True, separator="/")
 
 

@@ -110,7 +110,9 @@ def _leaf(path: str, value: Any, method: Any, stats: InputStats | None, key: jax
         raise LeafError(f"{path} {list(value.shape)}: {error}") from None
     if not _compat.is_tracer(value) and not isinstance(value, jax.ShapeDtypeStruct) and not all_finite(value):
         bad = np.argwhere(~np.isfinite(np.asarray(value, np.float32)))
-        raise LeafError(f"{path} has {len(bad)} non-finite values, the first at {bad[0].tolist()}: repair the checkpoint")
+        raise LeafError(
+            f"{path} has {len(bad)} non-finite values, the first at {bad[0].tolist()}: repair the checkpoint"
+        )
     return leaf
 
 

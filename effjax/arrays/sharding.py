@@ -29,7 +29,7 @@ def partition_specs(params: PyTree, dense_specs: PyTree, mesh: Mesh | AbstractMe
         >>> params = ej.quantize_params({"kernel": jnp.ones((64, 32))}, ej.quantize.RTN(bits=4, group_size=32))
         >>> specs = ej.partition_specs(params, {"kernel": P(None, "tensor")})
         >>> specs["kernel"].codes
-        PartitionSpec(None, 'tensor')
+        P(None, 'tensor')
     """
 
     def leaf_specs(leaf: Any, spec: PartitionSpec | None) -> Any:
@@ -51,7 +51,9 @@ def fit_spec(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractM
         return math.prod(mesh.shape[name] for name in names)
 
     entries = full_spec(spec, len(shape))
-    return PartitionSpec(*(e if e is None or size % devices(e) == 0 else None for e, size in zip(entries, shape)))
+    return PartitionSpec(
+        *(e if e is None or size % devices(e) == 0 else None for e, size in zip(entries, shape, strict=True))
+    )
 
 
 def _is_spec(x: Any) -> bool:

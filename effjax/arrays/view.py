@@ -89,7 +89,9 @@ def fold(w: Float[Array, "..."], in_axes: tuple[int, ...], out_axes: tuple[int, 
     """
     trailing = len(in_axes) + len(out_axes)
     if sorted((*in_axes, *out_axes)) != list(range(-trailing, 0)) or w.ndim < trailing:
-        raise LeafError(f"in_axes={in_axes} and out_axes={out_axes} are not the trailing axes of a weight of shape {w.shape}")
+        raise LeafError(
+            f"in_axes={in_axes} and out_axes={out_axes} are not the trailing axes of a weight of shape {w.shape}"
+        )
     lead = w.ndim - trailing
     split = jnp.transpose(w, (*range(lead), *(w.ndim + axis for axis in (*in_axes, *out_axes))))
     rows = math.prod(w.shape[axis] for axis in in_axes)

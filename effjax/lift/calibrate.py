@@ -132,7 +132,8 @@ def calibrate(
     unseen = sorted(watched - set(total))
     if unseen:
         raise CalibrationError(
-            f"nothing was multiplied with {unseen[0]!r}" + (f" and {len(unseen) - 1} more" if unseen[1:] else "")
+            f"nothing was multiplied with {unseen[0]!r}"
+            + (f" and {len(unseen) - 1} more" if unseen[1:] else "")
             + ": the function does not use it in a contraction; leave it out with where="
         )
     stats = map_with_paths(lambda path, leaf: total.get(path), params)
@@ -217,5 +218,3 @@ def _record(
         out_axes=out_axes,
     )
     interp.tap(w.path, statistics)
-
-

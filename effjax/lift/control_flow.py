@@ -54,7 +54,7 @@ def scan(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
         rebuild.append(None if sliced is None else sliced[1])
 
     def body(carry: list[Any], xs: list[Any]) -> Any:
-        xs = [x if make is None else make(x) for x, make in zip(xs, rebuild)]
+        xs = [x if make is None else make(x) for x, make in zip(xs, rebuild, strict=True)]
         outputs, taps = _inner(interp, p["jaxpr"], [*consts, *carry, *xs], "scan")
         return outputs[:n_carry], (outputs[n_carry:], taps)
 
@@ -76,8 +76,11 @@ def _scanned(w: Operand) -> tuple[Any, Any] | None:
         if axis is not None and axis >= len(w.layout.axes) - 2:
             return None
     if w.shape[0] == 1 and axis is None:  # a stack of one layer: the axis has no atom, find it by its size
-        candidates = [a for a, sizes in enumerate(w.layout.axes[:-2] if not isinstance(w.array, Probe) else w.layout.axes[:1])
-                      if not w.layout.atoms_of(a)]
+        candidates = [
+            a
+            for a, sizes in enumerate(w.layout.axes[:-2] if not isinstance(w.array, Probe) else w.layout.axes[:1])
+            if not w.layout.atoms_of(a)
+        ]
         axis = candidates[0] if candidates else None
     if axis is None or len(w.layout.axes[axis]) != 1:
         return None

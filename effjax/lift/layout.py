@@ -76,7 +76,7 @@ class Layout:
             dims.append(dim)
         return None if queue else dataclasses.replace(layout, dims=tuple(map(tuple, dims)))
 
-    def _split(self, atom: Atom, major: int):  # noqa: ANN202  (layout, renaming of the other atoms)
+    def _split(self, atom: Atom, major: int):
         """Cuts `atom` into `major` times the rest; atoms behind it on the same axis move up by one."""
         axis, position = atom
         sizes = self.axes[axis]
@@ -106,8 +106,6 @@ class Layout:
 
     def resized(self, shape: tuple[int, ...]) -> "Layout":
         """The same layout over stored axes of other sizes (a shard): only the major atom of an axis may shrink."""
-        axes = tuple(
-            (size // math.prod(sizes[1:]), *sizes[1:]) for sizes, size in zip(self.axes, shape, strict=True)
-        )
+        axes = tuple((size // math.prod(sizes[1:]), *sizes[1:]) for sizes, size in zip(self.axes, shape, strict=True))
         gone = {(axis, 0) for axis, sizes in enumerate(axes) if sizes[0] == 1}
         return Layout(axes=axes, dims=tuple(tuple(a for a in dim if a not in gone) for dim in self.dims))

@@ -21,9 +21,7 @@ from effjax.paths import path_str
 LARGE_CONSTANT = 2**20  # bytes of a closed-over array above which it was probably meant to be compressed
 
 
-def lift(
-    fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error", limit: int = 2**20
-) -> Callable[..., Any]:
+def lift(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error", limit: int = 2**20) -> Callable[..., Any]:
     """A function like `fn` that also takes compressed arrays anywhere in its arguments.
 
     `fn` is traced on the dense shapes, so it never sees a compressed array: Linen's shape checks, dtype promotion,
@@ -121,7 +119,7 @@ def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         data = iter(arrays)
         return treedef.unflatten([next(data) if flag else leaf for flag, leaf in zip(is_data, leaves, strict=True)])
 
-    return [leaf for flag, leaf in zip(is_data, leaves) if flag], rebuild
+    return [leaf for flag, leaf in zip(is_data, leaves, strict=True) if flag], rebuild
 
 
 def _paths(tree: Any) -> list[str]:

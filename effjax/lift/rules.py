@@ -113,9 +113,7 @@ def _cut(interp: Interpreter, w: Operand, dim: int | None, ids: Any, size: int, 
     if axis is not None:
         array = _index_stacked(w, axis, lambda field, a: jnp.take(field, ids, axis=a, mode="clip"))
         axes = w.layout.axes[:axis] + ((size,),) + w.layout.axes[axis + 1 :]
-        dims = tuple(
-            d if i != dim else (((axis, 0),) if size > 1 else ()) for i, d in enumerate(w.layout.dims)
-        )
+        dims = tuple(d if i != dim else (((axis, 0),) if size > 1 else ()) for i, d in enumerate(w.layout.dims))
         interp.kept(w, op)
         return [Operand(array, Layout(axes=axes, dims=dims), w.path)]
     if w.layout.whole_axis(dim) != len(w.layout.axes) - 1 or isinstance(w.array, Probe):
@@ -124,9 +122,7 @@ def _cut(interp: Interpreter, w: Operand, dim: int | None, ids: Any, size: int, 
     if columns is None:
         return None
     axes = w.layout.axes[:-1] + ((size,),)
-    dims = tuple(
-        d if i != dim else (((len(axes) - 1, 0),) if size > 1 else ()) for i, d in enumerate(w.layout.dims)
-    )
+    dims = tuple(d if i != dim else (((len(axes) - 1, 0),) if size > 1 else ()) for i, d in enumerate(w.layout.dims))
     interp.kept(w, op)
     return [Operand(columns, Layout(axes=axes, dims=dims), w.path)]
 
@@ -251,7 +247,7 @@ def field_specs(w: Operand, spec: PartitionSpec) -> Any:
     """Specs of the stored fields for a spec of the dimensions; None when a sharded dimension is no major part of an axis."""
     entries = full_spec(spec, w.ndim)
     stored: list[Any] = [None] * len(w.layout.axes)
-    for atoms, entry in zip(w.layout.dims, entries):
+    for atoms, entry in zip(w.layout.dims, entries, strict=True):
         if entry is None:
             continue
         if not atoms or atoms[0] != w.layout.atoms_of(atoms[0][0])[0]:

@@ -104,9 +104,7 @@ def _backward(
     x, w = residuals
     if isinstance(g, SymbolicZero):
         return None, None
-    dx = matmul(
-        g, w, transpose=not transpose, precision=precision, out_dtype=x.dtype, implementation=implementation
-    )
+    dx = matmul(g, w, transpose=not transpose, precision=precision, out_dtype=x.dtype, implementation=implementation)
     if x.shape == (0,):
         return dx, None
     batch = tuple(range(x.ndim - 1))
@@ -130,10 +128,10 @@ def _floating_fields(w: CompressedArray) -> tuple[list[jax.Array], Any]:
     def rebuild(fields: list[Any], *, integers: bool = True) -> Any:
         rest = iter(fields)
         return treedef.unflatten(
-            [next(rest) if t else (leaf if integers else None) for t, leaf in zip(trainable, leaves)]
+            [next(rest) if t else (leaf if integers else None) for t, leaf in zip(trainable, leaves, strict=True)]
         )
 
-    return [leaf for t, leaf in zip(trainable, leaves) if t], rebuild
+    return [leaf for t, leaf in zip(trainable, leaves, strict=True) if t], rebuild
 
 
 def _reference(x: jax.Array, w: CompressedArray, *, transpose: bool, precision: Any) -> jax.Array:

@@ -1,0 +1,13 @@
+"""Compressed models on disk: safetensors directories and Orbax checkpoints; never pickle."""
+
+from effjax.io.checkpoint import LoadedCheckpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from effjax.io.orbax import load_orbax, save_orbax
+
+__all__ = [
+    "LoadedCheckpoint",
+    "load_checkpoint",
+    "load_orbax",
+    "save_checkpoint",
+    "save_orbax",
+    "verify_checkpoint",
+]

@@ -1,0 +1,236 @@
+"""A compressed model as a directory: weights, configuration, recipe, tokenizer, card, and hashes of all of them."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from effjax.arrays.base import PyTree, is_compressed
+from effjax.errors import CheckpointError
+from effjax.io.directory import renamed_when_whole
+from effjax.io.encoding import decode, encode
+from effjax.io.safetensors_file import read_entries
+from effjax.paths import leaves_with_paths
+
+FORMAT = 1
+WEIGHTS, CONFIG, RECIPE, TOKENIZER, CARD, MANIFEST = (
+    "model.safetensors",
+    "config.json",
+    "recipe.yaml",
+    "tokenizer.json",
+    "README.md",
+    "effjax.json",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """What `load_checkpoint` read.
+
+    Attributes:
+        params: nested dicts with compressed leaves.
+        config: the model's config.json.
+        recipe: what was done to it.
+        tokenizer_json: text of the tokenizer, or None.
+        hashes: SHA-256 of every tensor, by its name in the weights file.
+    """
+
+    params: PyTree
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    tokenizer_json: str | None
+    hashes: dict[str, str]
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    tokenizer_json: str | None = None,
+    card: str = "",
+    files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a compressed model: under a temporary name first, renamed when whole.
+
+    Args:
+        directory: to make; its parent must exist.
+        params: tree of dicts with dense and compressed leaves.
+        config: contents of config.json.
+        recipe: how it was made; copying this one file is enough to make it again.
+        tokenizer_json: text of tokenizer.json.
+        card: text of README.md.
+        files: further texts by file name.
+        overwrite: replace an existing directory.
+
+    Raises:
+        CheckpointError: non-finite values, a directory that exists, or a disk that is full; nothing is left behind.
+        LeafError: names that could not be read back.
+    """
+    from safetensors.numpy import save_file
+
+    named, manifest = encode(params)
+    host = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in named.items()}
+    damaged = [name for name, x in host.items() if not _finite(x)]
+    if damaged:
+        raise CheckpointError(f"{damaged[0]} has non-finite values ({len(damaged)} such tensors): not written")
+    texts = {CONFIG: json.dumps(dict(config), indent=2) + "\n", **(files or {})}
+    texts[RECIPE] = yaml.safe_dump(dict(recipe or {}), sort_keys=False)
+    if card:
+        texts[CARD] = card
+    if tokenizer_json is not None:
+        texts[TOKENIZER] = tokenizer_json
+    contents = {
+        "format": FORMAT,
+        "leaves": manifest,
+        "shapes": {path: [list(x.shape), x.dtype.name] for path, x in leaves_with_paths(params) if is_compressed(x)},
+        "tensors": {name: _hash(x.tobytes()) for name, x in host.items()},
+        "files": {name: _hash(text.encode()) for name, text in texts.items()},
+    }
+    texts[MANIFEST] = json.dumps(contents, indent=1) + "\n"
+    with renamed_when_whole(Path(directory), overwrite=overwrite) as temporary:
+        save_file(host, temporary / WEIGHTS, metadata={"format": "effjax"})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def load_checkpoint(directory: str | os.PathLike[str]) -> LoadedCheckpoint:
+    """Reads a compressed model and checks every hash.
+
+    Raises:
+        CheckpointError: a missing, damaged or foreign file, with its name and what is wrong.
+    """
+    root = Path(directory)
+    manifest = _read_manifest(root)
+    texts = {name: _read_text(root, name) for name in manifest["files"]}
+    changed = [name for name, text in texts.items() if name != CARD and _hash(text.encode()) != manifest["files"][name]]
+    if changed:
+        raise CheckpointError(f"{changed[0]} was changed after it was written (its hash differs): restore it")
+    named = _read_tensors(root, manifest)
+    for name, x in named.items():
+        if _hash(x.tobytes()) != manifest["tensors"][name]:
+            raise CheckpointError(f"{WEIGHTS}: {name} is damaged (its hash differs): copy or compress it again")
+    params = decode({name: jnp.asarray(x) for name, x in named.items()}, manifest["leaves"])
+    problems = _shape_problems(params, manifest)
+    if problems:
+        raise CheckpointError(problems[0])
+    return LoadedCheckpoint(
+        params=params,
+        config=_parse_json(CONFIG, texts[CONFIG]),
+        recipe=yaml.safe_load(texts.get(RECIPE, "")) or {},
+        tokenizer_json=texts.get(TOKENIZER),
+        hashes=manifest["tensors"],
+    )
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory was written by `save_checkpoint`."""
+    return (Path(directory) / MANIFEST).is_file()
+
+
+def verify_checkpoint(directory: str | os.PathLike[str]) -> list[str]:
+    """Looks for damage: hashes of files and tensors, shapes, non-finite values. An empty list is a whole checkpoint."""
+    root = Path(directory)
+    try:
+        manifest = _read_manifest(root)
+        named = _read_tensors(root, manifest)
+    except CheckpointError as error:
+        return [str(error)]
+    findings = []
+    for name, expected in manifest["files"].items():
+        try:
+            if _hash(_read_text(root, name).encode()) != expected:
+                findings.append(f"{name} was changed after it was written (its hash differs)")
+        except CheckpointError as error:
+            findings.append(str(error))
+    for name, x in named.items():
+        if _hash(x.tobytes()) != manifest["tensors"][name]:
+            findings.append(f"{WEIGHTS}: {name} is damaged (its hash differs)")
+        if not _finite(x):
+            findings.append(f"{WEIGHTS}: {name} has non-finite values")
+    try:
+        findings += _shape_problems(decode(named, manifest["leaves"]), manifest)
+    except CheckpointError as error:
+        findings.append(str(error))
+    return findings
+
+
+def _shape_problems(params: PyTree, manifest: Mapping[str, Any]) -> list[str]:
+    """Compressed leaves whose fields do not make up the shape that was saved."""
+    problems = []
+    for path, leaf in leaves_with_paths(params):
+        if not is_compressed(leaf):
+            continue
+        expected = tuple(manifest["shapes"].get(path, [(), ""])[0])
+        try:
+            dense = jax.eval_shape(lambda x: x.materialize(), leaf)
+            found = tuple(dense.shape)
+        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            problems.append(f"{path}: its fields do not fit together ({str(error).splitlines()[0]})")
+            continue
+        if found != expected:
+            problems.append(f"{path} has shape {list(found)}, {list(expected)} was saved")
+    return problems
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such directory")
+    manifest = _parse_json(MANIFEST, _read_text(root, MANIFEST))
+    wanted = {"format": int, "leaves": dict, "shapes": dict, "tensors": dict, "files": dict}
+    wrong = [key for key, kind in wanted.items() if not isinstance(manifest.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{MANIFEST} lacks a valid {wrong[0]!r} entry: it is damaged or not of effjax")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}: update effjax")
+    unsafe = [name for name in manifest["files"] if Path(name).name != name]
+    if unsafe:
+        raise CheckpointError(f"{MANIFEST} names a file outside of the directory: {unsafe[0]!r}")
+    return manifest
+
+
+def _read_tensors(root: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    entries = read_entries(root / WEIGHTS)
+    missing = sorted(set(manifest["tensors"]) - set(entries))
+    extra = sorted(set(entries) - set(manifest["tensors"]))
+    if missing or extra:
+        which = f"lacks {missing[0]}" if missing else f"has an unknown {extra[0]}"
+        raise CheckpointError(f"{WEIGHTS} {which}: it does not belong to {MANIFEST}")
+    return {name: entry.read() for name, entry in entries.items()}
+
+
+def _read_text(root: Path, name: str) -> str:
+    try:
+        return (root / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{name} is missing in {root.name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{name} cannot be read ({error})") from error
+
+
+def _parse_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        contents = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{name} is no JSON ({error}): it is damaged") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{name} must hold an object, not a {type(contents).__name__}")
+    return contents
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _finite(x: np.ndarray) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(np.isfinite(x.astype(np.float32)).all())

@@ -1,0 +1,61 @@
+"""What pruning methods by score share: sparsity, pattern, scope, and the choice that follows from the scores."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from effjax.prune.pattern import Pattern, keep_highest
+from effjax.transform import Method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreMethod(Method):
+    """Keeps the weights of highest score.
+
+    Attributes:
+        sparsity: share of weights that become zero; for an n:m pattern it is `1 - n/m` and may be left out.
+        pattern: None for single weights, "n:m", or "rowsxcolumns" for blocks (see `Pattern`).
+        scope: "leaf" prunes every weight matrix (of every stacked layer) to the sparsity, "global" all selected leaves
+            together, by comparing their scores.
+    """
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    scope: Literal["leaf", "global"] = "leaf"
+
+    def __post_init__(self) -> None:
+        pattern = Pattern.parse(self.pattern)
+        if pattern.m is not None:
+            if self.sparsity is not None and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
+                raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}: leave it out")
+            if self.scope == "global":
+                raise ValueError(f"pattern={self.pattern!r} fixes the sparsity of every leaf: use scope='leaf'")
+        elif self.sparsity is None or not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity}: a share in [0, 1)")
+        if self.scope not in ("leaf", "global"):
+            raise ValueError(f"scope={self.scope!r}: choose 'leaf' or 'global'")
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        Pattern.parse(self.pattern).check(shape)
+
+    def scores(self, w: jax.Array, *, stats: Any, key: Any) -> jax.Array:
+        """Importance of every weight, `float32[*L, in, out]`."""
+        raise TypeError(f"{type(self).__name__} defines no scores")
+
+    def mask(self, w: jax.Array, *, stats: Any = None, key: Any = None) -> jax.Array:
+        """True where a weight `[*L, in, out]` is kept."""
+        pattern, scores = Pattern.parse(self.pattern), self.scores(w, stats=stats, key=key)
+        if pattern.m is not None:
+            return pattern.keep_n_of_m(scores)
+        units = pattern.unit_scores(scores)
+        flat = units.reshape(*w.shape[:-2], -1)
+        kept = kept_of(flat.shape[-1], self.sparsity)
+        choose = jnp.vectorize(lambda s: keep_highest(s, kept), signature="(n)->(n)")
+        return pattern.expand(choose(flat).reshape(units.shape))
+
+
+def kept_of(size: int, sparsity: float | None) -> int:
+    """How many of `size` units stay."""
+    return size - round(size * (sparsity or 0.0))
