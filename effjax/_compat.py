@@ -1,7 +1,7 @@
 """The only file that may touch jax internals: evaluating one equation as `jax.core.eval_jaxpr` does.
 
-Written for jax 0.10.2 to 0.12: `get_bind_params` returns one dict (subfunctions inside) since 0.10, a `(subfuns, params)`
-pair before; `Jaxpr` and `ClosedJaxpr` are one class since 0.12, hence `open_jaxpr`.
+Written for jax 0.10.2 to 0.12: `get_bind_params` returns one dict, subfunctions inside, since 0.10; `Jaxpr` and
+`ClosedJaxpr` are one class since 0.12, hence `open_jaxpr`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What every compressed array is: a registered dataclass pytree with a logical shape and dtype, true bytes and `materialize()`."""
+"""What every compressed array is: a dataclass pytree with a logical shape and dtype, true bytes and `materialize()`."""
 
 import dataclasses
 import math
@@ -55,7 +55,7 @@ class CompressedArray:
 
     @abstractmethod
     def field_specs(self, spec: Spec) -> dict[str, Any]:
-        """For each data field, the `PartitionSpec` that follows the dense one (`spec`: one entry a logical dimension)."""
+        """For each data field, the `PartitionSpec` that follows the dense one (`spec`, an entry a logical dimension)."""
 
     def rows(self, start: jax.Array | int, size: int) -> jax.Array | None:
         """Dense rows `[start, start + size)` of a `[in, out]` array, or None where they cannot be cut out cheaply.

@@ -20,8 +20,8 @@ class Codebook(CompressedArray):
 
     Attributes:
         codes: packed codes, `uint8[*L, ceil(in * bits / 8), out]`.
-        tables: `float[*L, in_groups, out_groups, entries]` with 2 to 256 entries; `out_groups = out` is a table a column
-            (LeanQuant, SqueezeLLM), `in_groups = out_groups = 1` one table for the matrix (NF4).
+        tables: `float[*L, in_groups, out_groups, entries]` with 2 to 256 entries; `out_groups = out` is a table a
+            column (LeanQuant, SqueezeLLM), `in_groups = out_groups = 1` one table for the matrix (NF4).
         scales: `float[*L, groups, out]`, or None where the tables hold the values themselves.
         bits: bits of a code, at least `log2(entries)`.
         pad: codes that fill the last byte of a column.

@@ -1,6 +1,6 @@
 """Integer codes of 1–8 bits as a dense bit stream in bytes, least significant bit first, along the input axis.
 
-Code `i` occupies bits `[i * bits, (i + 1) * bits)` of its column's stream, so `n` codes take `ceil(n * bits / 8)` bytes.
+Code `i` occupies bits `[i * bits, (i + 1) * bits)` of its column's stream; `n` codes take `ceil(n * bits / 8)` bytes.
 Read as little-endian 32-bit words this is the packing of GPTQ's `qweight`, hence both are the same bytes.
 """
 

@@ -15,7 +15,7 @@ from effjax.errors import LeafError
 
 
 def centre(bits: int) -> float:
-    """The zero point of a symmetric grid of `bits` bits: `2**(bits-1)`, and 1/2 for one bit, whose two levels are ±scale/2."""
+    """The zero point of a symmetric grid: `2**(bits-1)`, and 1/2 for one bit, whose two levels are ±scale/2."""
     return 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 

@@ -101,7 +101,7 @@ def fold(w: Float[Array, "..."], in_axes: tuple[int, ...], out_axes: tuple[int, 
 def unfold(
     array: CompressedArray, shape: tuple[int, ...], in_axes: tuple[int, ...], out_axes: tuple[int, ...]
 ) -> CompressedArray:
-    """Inverse of `fold` for a compressed matrix: a `View` of the weight's `shape`, or `array` where that is its shape."""
+    """Inverse of `fold` for a compressed matrix: a `View` of the weight's `shape`, or `array` where that has it."""
     order = [0] * (len(in_axes) + len(out_axes))
     for split_axis, axis in enumerate((*in_axes, *out_axes)):
         order[len(order) + axis] = split_axis

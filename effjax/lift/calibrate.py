@@ -1,4 +1,4 @@
-"""`calibrate`: statistics of what every weight is multiplied with, gathered by the walk that also runs compressed models."""
+"""`calibrate`: statistics of what every weight is multiplied with, by the walk that also runs compressed models."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
@@ -47,8 +47,8 @@ class InputStats:
     def __add__(self, other: "InputStats") -> "InputStats":
         if (self.in_axes, self.out_axes) != (other.in_axes, other.out_axes):
             raise CalibrationError(
-                f"one weight is contracted over axes {self.in_axes} and over {other.in_axes}: its inputs have no common "
-                "statistics; leave it out with where="
+                f"one weight is contracted over axes {self.in_axes} and over {other.in_axes}: its inputs have no "
+                "common statistics; leave it out with where="
             )
         return jax.tree.map(jnp.add, self, other)
 

@@ -1,4 +1,4 @@
-"""What happened to every compressed leaf: kept compressed in which operations, made dense in which, and at what cost."""
+"""What happened to every compressed leaf: in which operations it stayed compressed, in which it was made dense."""
 
 import dataclasses
 import warnings

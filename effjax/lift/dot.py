@@ -1,4 +1,4 @@
-"""dot_general with a compressed operand: any layout that contracts exactly the inputs, or exactly the outputs, of the matrix."""
+"""dot_general with a compressed operand, in any layout that contracts exactly the inputs or the outputs of the matrix."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ def contraction(layout: Layout, x_ndim: int, dimension_numbers: Any, w_first: bo
 
 
 def canonical_input(x: jax.Array, layout: Layout, c: Contraction) -> jax.Array:
-    """`x` as `[*batch axes in stored order, *free, contracted]`, its last axis in the order of the stored axes' atoms."""
+    """`x` as `[*batch axes in stored order, *free, contracted]`, the last axis in the order of the stored atoms."""
     batch = [atom for d in c.w_batch for atom in layout.dims[d]]
     inner = [atom for d in c.w_contract for atom in layout.dims[d]]
     free = [x.shape[d] for d in c.x_free]

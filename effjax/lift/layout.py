@@ -1,4 +1,4 @@
-"""How the axes of a stored matrix make up the dimensions that the model sees: transposes and reshapes as bookkeeping."""
+"""How the axes of a stored matrix make up the dimensions the model sees: transposes and reshapes as bookkeeping."""
 
 import dataclasses
 import math

@@ -142,8 +142,8 @@ def _warn_of_constants(consts: Any) -> None:
         size = math.prod(getattr(const, "shape", ())) * getattr(getattr(const, "dtype", None), "itemsize", 1)
         if size > LARGE_CONSTANT and not _compat.is_tracer(const):
             warnings.warn(
-                f"the function closes over an array of shape {const.shape} ({size / 2**20:.1f} MiB), which stays dense: "
-                "pass it as an argument to have it compressed",
+                f"the function closes over an array of shape {const.shape} ({size / 2**20:.1f} MiB), which stays "
+                "dense: pass it as an argument to have it compressed",
                 CoverageWarning,
                 stacklevel=4,
             )

@@ -244,7 +244,7 @@ def sharding_constraint(interp: Interpreter, eqn: Any, inputs: list[Any]) -> lis
 
 
 def field_specs(w: Operand, spec: PartitionSpec) -> Any:
-    """Specs of the stored fields for a spec of the dimensions; None when a sharded dimension is no major part of an axis."""
+    """Specs of the stored fields for a spec of the dimensions; None where a sharded dimension is no major part."""
     entries = full_spec(spec, w.ndim)
     stored: list[Any] = [None] * len(w.layout.axes)
     for atoms, entry in zip(w.layout.dims, entries, strict=True):
