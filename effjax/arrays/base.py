@@ -55,12 +55,12 @@ class CompressedArray:
 
     @abstractmethod
     def field_specs(self, spec: Spec) -> dict[str, Any]:
-        """For each data field, the `PartitionSpec` that follows the dense one (`spec`, an entry a logical dimension)."""
+        """For each data field, the `PartitionSpec` that follows the dense one (`spec`, an entry a dimension)."""
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array | None:
-        """Dense rows `[start, start + size)` of a `[in, out]` array, or None where they cannot be cut out cheaply.
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array | None:
+        """Dense rows `[block * size, (block + 1) * size)` of a `[in, out]` array; None where no tile can be cut out.
 
-        `size` is a multiple of `row_multiple` that divides `in`, `start` a multiple of `size`.
+        `size` is a multiple of `row_multiple` that divides `in`.
         """
         return None
 
@@ -155,6 +155,11 @@ def materialize(tree: PyTree) -> PyTree:
 def nbytes(tree: PyTree) -> int:
     """Bytes that the arrays of `tree` occupy in memory and on disk (works on `ShapeDtypeStruct` too)."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def block_of(x: jax.Array, block: jax.Array | int, size: int, axis: int = -2) -> jax.Array:
+    """Entries `[block * size, (block + 1) * size)` along `axis`."""
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.mul(jnp.int32(block), jnp.int32(size)), size, axis=axis)
 
 
 def dense_struct(x: Any) -> Any:

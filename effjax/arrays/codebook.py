@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, block_of, register, static
 from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.errors import LeafError
 
@@ -76,15 +76,14 @@ class Codebook(CompressedArray):
     def materialize(self) -> jax.Array:
         return _look_up(unpack(self.codes, self.bits, self.shape[-2]), self.tables, self.scales, self.dtype)
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
-        codes = jax.lax.dynamic_slice_in_dim(self.codes, start * self.bits // 8, packed_size(size, self.bits), axis=-2)
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
+        codes = block_of(self.codes, block, packed_size(size, self.bits))
         n = self.shape[-2]
 
         def groups(x: jax.Array | None, axis: int) -> jax.Array | None:
-            if x is None:
-                return None
-            group_size = n // x.shape[axis]
-            return jax.lax.dynamic_slice_in_dim(x, start // group_size, max(1, size // group_size), axis=axis)
+            if x is None or x.shape[axis] == 1:
+                return x
+            return block_of(x, block, size // (n // x.shape[axis]), axis)
 
         return _look_up(unpack(codes, self.bits, size), groups(self.tables, -3), groups(self.scales, -2), self.dtype)
 
@@ -102,7 +101,7 @@ class Codebook(CompressedArray):
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
-        rows = None if self.pad else rows
+        rows = None if self.shape[-2] * self.bits % 8 else rows
         in_groups, out_groups, _ = self.tables.shape[-3:]
         tables = P(*lead, rows if in_groups > 1 else None, out if out_groups > 1 else None, None)
         scales = None if self.scales is None else P(*lead, rows if self.scales.shape[-2] > 1 else None, out)

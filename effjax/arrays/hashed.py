@@ -67,8 +67,8 @@ class Hashed(CompressedArray):
             dense = jax.vmap(dense)
         return dense(self.table, self.seed)
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
-        return self._read(self.table, self.seed, start + jnp.arange(size))
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
+        return self._read(self.table, self.seed, block * size + jnp.arange(size))
 
     @property
     def row_multiple(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from effjax.arrays.base import CompressedArray, Spec, full_spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, block_of, full_spec, register, static
 
 
 @register
@@ -37,9 +37,8 @@ class LowRank(CompressedArray):
         product = jnp.matmul(self.a, self.b, preferred_element_type=jnp.float32)
         return product.astype(self.dtype)
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
-        a = jax.lax.dynamic_slice_in_dim(self.a, start, size, axis=-2)
-        return jnp.matmul(a, self.b, preferred_element_type=jnp.float32).astype(self.dtype)
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
+        return jnp.matmul(block_of(self.a, block, size), self.b, preferred_element_type=jnp.float32).astype(self.dtype)
 
     @property
     def row_multiple(self) -> int:

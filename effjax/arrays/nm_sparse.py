@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, block_of, register, static
 from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.errors import LeafError
 
@@ -65,12 +65,10 @@ class NMSparse(CompressedArray):
     def materialize(self) -> jax.Array:
         return self._scatter(self.values, unpack(self.indices, self.index_bits, self.values.shape[-2]))
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
         kept = size // self.m * self.n
-        first = start // self.m * self.n
-        values = jax.lax.dynamic_slice_in_dim(self.values, first, kept, axis=-2)
-        packed = packed_size(kept, self.index_bits)
-        indices = jax.lax.dynamic_slice_in_dim(self.indices, first * self.index_bits // 8, packed, axis=-2)
+        values = block_of(self.values, block, kept)
+        indices = block_of(self.indices, block, packed_size(kept, self.index_bits))
         return self._scatter(values, unpack(indices, self.index_bits, kept))
 
     @property
@@ -90,5 +88,5 @@ class NMSparse(CompressedArray):
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
-        whole_bytes = self.values.shape[-2] * self.index_bits % 8 == 0
-        return {"values": P(*lead, rows, out), "indices": P(*lead, rows if whole_bytes else None, out)}
+        rows = None if self.values.shape[-2] * self.index_bits % 8 else rows
+        return {"values": P(*lead, rows, out), "indices": P(*lead, rows, out)}

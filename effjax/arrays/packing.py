@@ -4,8 +4,8 @@ Code `i` occupies bits `[i * bits, (i + 1) * bits)` of its column's stream; `n` 
 Read as little-endian 32-bit words this is the packing of GPTQ's `qweight`, hence both are the same bytes.
 """
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Integer, UInt8
 
 
@@ -42,13 +42,18 @@ def unpack(packed: UInt8[Array, "*L bytes out"], bits: int, n: int) -> UInt8[Arr
     """The first `n` codes of each column: the inverse of `pack`."""
     *lead, size, out = packed.shape
     if bits == 8:
-        return packed[..., :n, :]
+        return packed if size == n else lax.slice_in_dim(packed, 0, n, axis=-2)
+    # lax instead of jnp: this is traced once for every matrix shape of a model, and jnp costs three times the time.
     mask = jnp.uint8(2**bits - 1)
     if 8 % bits == 0:
-        shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
-        codes = (packed[..., :, None, :] >> shifts) & mask
+        shape = (*lead, size, 8 // bits, out)
+        axis = len(lead) + 1
+        shifts = lax.broadcasted_iota(jnp.uint8, shape, axis) * jnp.uint8(bits)
+        spread = lax.broadcast_in_dim(packed, shape, (*range(axis), axis + 1))
+        codes = lax.bitwise_and(lax.shift_right_logical(spread, shifts), lax.full(shape, mask))
     else:
-        octets = jnp.pad(packed, [(0, 0)] * len(lead) + [(0, -size % bits), (0, 0)]).reshape(*lead, -1, bits, out)
+        octets = lax.pad(packed, jnp.uint8(0), [(0, 0, 0)] * len(lead) + [(0, -size % bits, 0), (0, 0, 0)])
+        octets = octets.reshape(*lead, -1, bits, out)
         columns = []
         for j in range(8):
             byte, shift = divmod(j * bits, 8)
@@ -57,5 +62,5 @@ def unpack(packed: UInt8[Array, "*L bytes out"], bits: int, n: int) -> UInt8[Arr
                 code |= octets[..., byte + 1, :] << (8 - shift)
             columns.append(code & mask)
         codes = jnp.stack(columns, axis=-2)
-    codes = codes.reshape(*lead, -1, out)
-    return codes if codes.shape[-2] == n else jax.lax.slice_in_dim(codes, 0, n, axis=-2)
+    codes = lax.reshape(codes, (*lead, codes.shape[-3] * codes.shape[-2], out))
+    return codes if codes.shape[-2] == n else lax.slice_in_dim(codes, 0, n, axis=-2)

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, block_of, register, static
 from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.errors import LeafError
 
@@ -93,16 +94,12 @@ class Quantized(CompressedArray):
     def materialize(self) -> jax.Array:
         return _dequantize(unpack(self.codes, self.bits, self.shape[-2]), self.scales, self.zero_points(), self.dtype)
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array:
-        codes = jax.lax.dynamic_slice_in_dim(self.codes, start * self.bits // 8, packed_size(size, self.bits), axis=-2)
-        group_size = self.group_size
-
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
         def groups(x: Any) -> Any:
-            if not hasattr(x, "shape"):
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, start // group_size, max(1, size // group_size), axis=-2)
+            count = self.scales.shape[-2]
+            return block_of(x, block, size // (self.shape[-2] // count)) if hasattr(x, "shape") and count > 1 else x
 
-        codes = unpack(codes, self.bits, size)
+        codes = unpack(block_of(self.codes, block, packed_size(size, self.bits)), self.bits, size)
         return _dequantize(codes, groups(self.scales), groups(self.zero_points()), self.dtype)
 
     @property
@@ -117,21 +114,25 @@ class Quantized(CompressedArray):
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
-        rows = None if self.pad else rows
-        grouped = rows if self.scales.shape[-2] > 1 else None
-        zeros_fill_bytes = self.scales.shape[-2] * self.bits % 8 == 0
-        return {
-            "codes": P(*lead, rows, out),
-            "scales": P(*lead, grouped, out),
-            "zeros": None if self.zeros is None else P(*lead, grouped if zeros_fill_bytes else None, out),
-        }
+        groups = self.scales.shape[-2]
+        zeros_fill_bytes = self.zeros is None or groups == 1 or groups * self.bits % 8 == 0
+        if self.shape[-2] * self.bits % 8 or not zeros_fill_bytes:
+            rows = None
+        grouped = P(*lead, rows if groups > 1 else None, out)
+        return {"codes": P(*lead, rows, out), "scales": grouped, "zeros": None if self.zeros is None else grouped}
 
 
 def _dequantize(codes: jax.Array, scales: jax.Array, zeros: jax.Array | float, dtype: np.dtype) -> jax.Array:
     """`scales * (codes - zeros)` in float32, one scale a group of rows, cast to `dtype` at the end."""
     *lead, n, out = codes.shape
     groups = scales.shape[-2]
-    grouped = codes.reshape(*lead, groups, n // groups, out).astype(jnp.float32)
-    zeros = zeros[..., :, None, :] if hasattr(zeros, "shape") else zeros
-    values = (grouped - zeros) * scales.astype(jnp.float32)[..., :, None, :]
-    return values.reshape(*lead, n, out).astype(dtype)
+    shape = (*lead, groups, n // groups, out)
+    across = (*range(len(lead) + 1), len(lead) + 2)  # [*L, groups, out] over the rows of a group
+
+    def spread(x: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(lax.convert_element_type(x, jnp.float32), shape, across)
+
+    values = lax.convert_element_type(lax.reshape(codes, shape), jnp.float32)
+    values = lax.sub(values, lax.full(shape, zeros, jnp.float32) if isinstance(zeros, float) else spread(zeros))
+    values = lax.mul(values, spread(scales))
+    return lax.convert_element_type(lax.reshape(values, (*lead, n, out)), dtype)

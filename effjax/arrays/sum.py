@@ -35,8 +35,8 @@ class Sum(CompressedArray):
         total = sum(part.materialize().astype(jnp.float32) for part in self.parts)
         return jnp.asarray(total).astype(self.dtype)
 
-    def rows(self, start: jax.Array | int, size: int) -> jax.Array | None:
-        tiles = [part.rows(start, size) for part in self.parts]
+    def rows(self, block: jax.Array | int, size: int) -> jax.Array | None:
+        tiles = [part.rows(block, size) for part in self.parts]
         if any(tile is None for tile in tiles):
             return None
         return jnp.asarray(sum(tile.astype(jnp.float32) for tile in tiles)).astype(self.dtype)  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
-from effjax.arrays.base import CompressedArray
+from effjax.arrays.base import CompressedArray, block_of
 from effjax.arrays.low_rank import LowRank
 from effjax.arrays.sum import Sum
 
@@ -144,7 +144,7 @@ def _blocked(x: jax.Array, w: CompressedArray, *, rows: int, transpose: bool, pr
     n = w.shape[-2]
 
     def tile(block: jax.Array) -> jax.Array:
-        dense = w.rows(block * rows, rows)
+        dense = w.rows(block, rows)
         assert dense is not None  # block_rows has asked
         return dense
 
@@ -153,7 +153,7 @@ def _blocked(x: jax.Array, w: CompressedArray, *, rows: int, transpose: bool, pr
         return jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], n)
 
     def add(total: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
-        part = jax.lax.dynamic_slice_in_dim(x, block * rows, rows, axis=-1)
+        part = block_of(x, block, rows, axis=-1)
         return total + _contract(part, tile(block), 0, precision), None
 
     start = jnp.zeros((*x.shape[:-1], w.shape[-1]), jnp.float32)

@@ -1,0 +1,1 @@
+"""One file a published system: its central claim, measured here beside its baseline."""
