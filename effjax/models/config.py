@@ -76,7 +76,7 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rope_type not in _ROPE_KEYS:
+        if not isinstance(self.rope_type, str) or self.rope_type not in _ROPE_KEYS:
             raise ConfigError(
                 f"rope_scaling: rope_type {self.rope_type!r} is not known; write one of {sorted(_ROPE_KEYS)} or null"
             )
@@ -369,7 +369,7 @@ def token_ids(value: Any, key: str) -> tuple[int, ...]:
 
 
 def _family(model_type: Any) -> _Family:
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is not known; this decoder runs {sorted(_FAMILIES)}")
     return _FAMILIES[model_type]
 
@@ -410,7 +410,7 @@ def _read_scaling(key: str, entries: Mapping[str, Any]) -> RopeScaling | None:
     rope_type = new if new is not None else old
     if rope_type == "default" or (rope_type is None and set(entries) <= {"rope_theta"}):
         return None
-    if rope_type not in _ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
         raise ConfigError(
             f"config.json: {key} has rope_type {rope_type!r}; this decoder runs 'default', 'linear', 'dynamic' and "
             "'llama3'"

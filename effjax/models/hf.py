@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,13 +237,13 @@ def _renamed_when_whole(target: Path, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"{target.name} exists already; choose another name, or write overwrite=True")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.name} cannot be made: its parent directory does not exist; make that first")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary.mkdir()
     except OSError as error:
         raise CheckpointError(f"{target.name} cannot be written ({error.strerror}); nothing was left behind") from error
     old = temporary.with_name(temporary.name + ".old")
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         if target.exists():
             target.rename(old)
@@ -259,12 +259,6 @@ def _renamed_when_whole(target: Path, overwrite: bool) -> Iterator[Path]:
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def _find(path_or_id: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
