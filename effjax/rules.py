@@ -35,7 +35,7 @@ def assign(params: PyTree, method: Any, where: Where | None = None) -> dict[str,
     """The method of every leaf that gets one, by path.
 
     Args:
-        params: parameter tree; leaves that are compressed already are only taken where a rule names them.
+        params: parameter tree; the default choice leaves out what is compressed already.
         method: one method for the default choice of leaves (or for `where`), or a list of `(where, method | None)`
             rules, of which the first that matches a leaf decides.
 
@@ -45,7 +45,11 @@ def assign(params: PyTree, method: Any, where: Where | None = None) -> dict[str,
     leaves = leaves_with_paths(params)
     if not isinstance(method, list | tuple):
         chosen = is_dense_matrix if where is None else where
-        found = {path: method for path, leaf in leaves if matches(chosen, path, leaf)}
+        found = {
+            path: method
+            for path, leaf in leaves
+            if matches(chosen, path, leaf) and not (where is None and is_compressed(leaf))
+        }
         if not found:
             raise RuleError(
                 f"{_name(chosen)} matches none of the {len(leaves)} leaves ({_some(leaves)}): "

@@ -2,21 +2,26 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from effjax import _compat
-from effjax.arrays.base import CompressedArray, PyTree, is_compressed
+from effjax.arrays.base import CompressedArray, PyTree, full_spec, is_compressed
+from effjax.arrays.sharding import partition_specs
 from effjax.arrays.view import fold, unfold
 from effjax.errors import CalibrationError, LeafError
 from effjax.lift.calibrate import InputStats
-from effjax.paths import Where, leaves_with_paths, map_with_paths
+from effjax.paths import Where, leaves_with_paths, map_with_paths, path_str
 from effjax.rules import assign, default_axes
+
+How = tuple[Any, tuple[int, ...], tuple[int, ...]]  # method, input axes, output axes
+Inputs = tuple[Any, InputStats | None, jax.Array | None]  # weight, statistics, key
 
 
 class Method:
@@ -29,6 +34,15 @@ class Method:
 
     needs: frozenset[str] = frozenset()
     needs_key: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether the result depends on the order of sums over a matrix.
+
+        Then the two matrix axes of a sharded weight are gathered first, one weight at a time, so that the bytes are
+        those of a single device.
+        """
+        return False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises LeafError when a weight `[*L, in, out]` of this shape cannot be taken."""
@@ -56,15 +70,19 @@ class Leaf:
     key: jax.Array | None
 
     @property
+    def how(self) -> How:
+        """The method and the axes: what a program is compiled for."""
+        return self.method, self.in_axes, self.out_axes
+
+    @property
+    def lead(self) -> int:
+        """Number of stacked dimensions."""
+        return self.value.ndim - len(self.in_axes) - len(self.out_axes)
+
+    @property
     def matrix_shape(self) -> tuple[int, ...]:
         """`[*L, in, out]`."""
-        return jax.eval_shape(self.fold, self.value).shape
-
-    def fold(self, w: Any) -> jax.Array:
-        return fold(w, self.in_axes, self.out_axes)
-
-    def unfold(self, array: CompressedArray) -> CompressedArray:
-        return unfold(array, self.value.shape, self.in_axes, self.out_axes)
+        return jax.eval_shape(lambda: fold(jnp.zeros(self.value.shape), self.in_axes, self.out_axes)).shape
 
 
 def select(
@@ -131,26 +149,91 @@ def _stats_by_path(stats: PyTree | None) -> dict[str, InputStats]:
     if stats is None:
         return {}
     flat = jax.tree_util.tree_leaves_with_path(stats, is_leaf=lambda x: isinstance(x, InputStats))
-    from effjax.paths import path_str
-
     by_path = {path_str(path): leaf for path, leaf in flat if isinstance(leaf, InputStats)}
     short = {path.removeprefix("params/"): leaf for path, leaf in by_path.items()}
     return {**short, **by_path}
 
 
 def compress_leaves(leaves: dict[str, Leaf], params: PyTree) -> PyTree:
-    """`params` with every selected leaf replaced by `method.compress(matrix, stats, key)`."""
-    return map_with_paths(lambda path, x: leaves[path].unfold(_compress(leaves[path])) if path in leaves else x, params)
+    """`params` with every selected leaf replaced by `method.compress(matrix, stats, key)`.
+
+    Raises:
+        LeafError: a field of the result overflows its dtype (seen on concrete arrays).
+    """
+    return map_with_paths(lambda path, x: _compress(leaves[path]) if path in leaves else x, params)
 
 
 def _compress(leaf: Leaf) -> CompressedArray:
-    return compressed(leaf.method, leaf.fold(leaf.value), leaf.stats, leaf.key)
+    (array,) = on_shards([leaf], partial(_compressed, (leaf.how,)))
+    fields = [x for x in jax.tree.leaves(array) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not any(map(_compat.is_tracer, fields)) and not all(map(all_finite, fields)):
+        stored = getattr(leaf.method, "scale_dtype", None)
+        remedy = "write scale_dtype='float32'" if stored not in (None, "float32") else "scale the weight down first"
+        raise LeafError(
+            f"{leaf.path} {list(leaf.value.shape)}: {type(leaf.method).__name__} gives values that overflow "
+            f"{stored or fields[0].dtype}: {remedy} for this leaf with a rule"
+        )
+    return array
 
 
 @partial(jax.jit, static_argnums=0)
-def compressed(method: Any, w: jax.Array, stats: InputStats | None, key: jax.Array | None) -> CompressedArray:
+def _compressed(how: tuple[How, ...], inputs: list[Inputs]) -> list[CompressedArray]:
     """One compiled program a method and shape."""
-    return method.compress(w, stats=stats, key=key)
+    return [
+        unfold(method.compress(fold(w, *axes), stats=stats, key=key), w.shape, *axes)
+        for (method, *axes), (w, stats, key) in zip(how, inputs, strict=True)
+    ]
+
+
+def on_shards(leaves: Sequence[Leaf], fn: Callable[[list[Inputs]], list[Any]]) -> list[Any]:
+    """`fn` on the weight, statistics and key of every leaf; results are sharded as their weights are.
+
+    Under `jit` with automatic axes the sharding of a weight cannot be seen: there the compiler chooses that of the
+    result, and methods of `sums` give the bytes of a single device only inside `jax.set_mesh`.
+
+    Args:
+        leaves: what `fn` takes together.
+        fn: gives, for every leaf, an array or a compressed array of the leaf's shape.
+    """
+    shardings = [_sharding(leaf.value) for leaf in leaves]
+    mesh = next((s.mesh for s in shardings if s is not None), None)
+    if mesh is None:
+        return fn([(_gathered_under_trace(leaf), leaf.stats, leaf.key) for leaf in leaves])
+    inputs = [(_gathered(leaf, s, mesh), leaf.stats, leaf.key) for leaf, s in zip(leaves, shardings, strict=True)]
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    dense = [PartitionSpec() if s is None else s.spec for s in shardings]
+    specs = partition_specs(jax.eval_shape(fn, structs), dense, mesh)
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.auto_axes(fn, out_sharding=placed)(inputs)
+    return jax.device_put(fn(inputs), placed)
+
+
+def _gathered(leaf: Leaf, sharding: NamedSharding | None, mesh: Any) -> Any:
+    """The weight on the mesh, its matrix axes whole where the method needs that."""
+    spec = full_spec(None if sharding is None else sharding.spec, leaf.value.ndim)
+    if leaf.method.sums:
+        spec = tuple(entry if d < leaf.lead else None for d, entry in enumerate(spec))
+    target = NamedSharding(mesh, PartitionSpec(*spec))
+    return (jax.sharding.reshard if _compat.is_tracer(leaf.value) else jax.device_put)(leaf.value, target)
+
+
+def _gathered_under_trace(leaf: Leaf) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not leaf.method.sums or not _compat.is_tracer(leaf.value) or AxisType.Auto not in mesh.axis_types:
+        return leaf.value
+    matrix = [None] * (leaf.value.ndim - leaf.lead)
+    spec = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * leaf.lead, *matrix)
+    return jax.lax.with_sharding_constraint(leaf.value, spec)
+
+
+def _sharding(value: Any) -> NamedSharding | None:
+    """The sharding of a concrete array on a mesh, or of a tracer with explicit axes."""
+    if _compat.is_tracer(value):
+        sharding = jax.typeof(value).sharding
+        return sharding if not sharding.mesh.empty and AxisType.Explicit in sharding.mesh.axis_types else None
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
 def per_leaf(fn: Callable[[Leaf], Any], leaves: dict[str, Leaf], params: PyTree) -> PyTree:

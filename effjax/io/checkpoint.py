@@ -80,7 +80,7 @@ def save_checkpoint(
     from safetensors.numpy import save_file
 
     named, manifest = encode(params)
-    host = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in named.items()}
+    host = {name: np.asarray(jax.device_get(x), order="C") for name, x in named.items()}
     damaged = [name for name, x in host.items() if not _finite(x)]
     if damaged:
         raise CheckpointError(f"{damaged[0]} has non-finite values ({len(damaged)} such tensors): not written")
@@ -171,15 +171,15 @@ def _shape_problems(params: PyTree, manifest: Mapping[str, Any]) -> list[str]:
     for path, leaf in leaves_with_paths(params):
         if not is_compressed(leaf):
             continue
-        expected = tuple(manifest["shapes"].get(path, [(), ""])[0])
+        expected = manifest["shapes"].get(path)
         try:
             dense = jax.eval_shape(lambda x: x.materialize(), leaf)
-            found = tuple(dense.shape)
-        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            found = [list(dense.shape), dense.dtype.name]
+        except (AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
             problems.append(f"{path}: its fields do not fit together ({str(error).splitlines()[0]})")
             continue
         if found != expected:
-            problems.append(f"{path} has shape {list(found)}, {list(expected)} was saved")
+            problems.append(f"{path} is {found[1]}{found[0]}, the manifest says {expected}")
     return problems
 
 

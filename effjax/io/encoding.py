@@ -31,13 +31,16 @@ def encode(params: PyTree) -> tuple[dict[str, Any], Manifest]:
         the compressed leaves.
 
     Raises:
-        LeafError: a name that could not be read back, because a key of the tree contains "/" or "..".
+        LeafError: a name that could not be read back, because a key of the tree contains "/" or "..", or is that of a
+            field of a compressed leaf.
     """
     named: dict[str, Any] = {}
     manifest: Manifest = {}
+    paths: list[str] = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed):
         path = path_str(key_path)
         parts = [path_str((key,)) for key in key_path]
+        paths.append(path)
         if any(not part or "/" in part or part == ".." for part in parts):
             raise LeafError(
                 f"{path!r} cannot be stored under that name: rename the keys that are empty, '..' or hold '/'"
@@ -46,7 +49,16 @@ def encode(params: PyTree) -> tuple[dict[str, Any], Manifest]:
             manifest[path] = _encode_leaf(path, leaf, named)
         else:
             named[path] = leaf
+    for path in paths:
+        if owner := _owner(path, manifest):
+            raise LeafError(f"{path!r} reads as a field of the compressed leaf {owner!r}: rename one of the two keys")
     return named, manifest
+
+
+def _owner(name: str, manifest: Manifest) -> str | None:
+    """The compressed leaf of which `name` would be a field, if any."""
+    parts = name.split(".")
+    return next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in manifest), None)
 
 
 def _encode_leaf(name: str, leaf: CompressedArray, named: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +72,9 @@ def _encode_leaf(name: str, leaf: CompressedArray, named: dict[str, Any]) -> dic
             entry[field] = _encode_leaf(f"{name}.{field}", value, named)
         elif isinstance(value, tuple):
             entry[field] = [_encode_leaf(f"{name}.{field}.{i}", part, named) for i, part in enumerate(value)]
-        elif value is not None:
+        elif value is None:
+            entry[field] = None  # said openly: a field that is neither here nor among the arrays was lost
+        else:
             named[f"{name}.{field}"] = value
     return entry
 
@@ -74,7 +88,7 @@ def decode(named: Mapping[str, Any], manifest: Manifest) -> PyTree:
     """
     rest = dict(named)
     leaves = {path: _decode_leaf(path, entry, rest) for path, entry in manifest.items()}
-    orphans = sorted(name for name in rest if name.rpartition(".")[0] in manifest)
+    orphans = sorted(name for name in rest if _owner(name, manifest))
     if orphans:
         raise CheckpointError(f"{orphans[0]}: the manifest knows no such field; the files do not belong together")
     tree: dict[str, Any] = {}
@@ -109,9 +123,11 @@ def _decode_leaf(name: str, entry: Mapping[str, Any], rest: dict[str, Any]) -> C
         elif isinstance(entry.get(field), list):
             parts = entry[field]
             fields[field] = tuple(_decode_leaf(f"{name}.{field}.{i}", part, rest) for i, part in enumerate(parts))
+        elif field in entry and entry[field] is None:
+            fields[field] = None
         else:
             fields[field] = rest.pop(f"{name}.{field}", None)
-            if fields[field] is None and field not in ("zeros", "scales"):
+            if fields[field] is None:
                 raise CheckpointError(f"{name}.{field} is missing: a {kind.__name__} leaf cannot be read without it")
     return kind(**fields)
 

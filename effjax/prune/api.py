@@ -12,12 +12,11 @@ from effjax.arrays.base import PyTree, is_compressed
 from effjax.arrays.nm_sparse import NMSparse
 from effjax.arrays.view import fold, unfold
 from effjax.errors import LeafError
-from effjax.lift.calibrate import InputStats
 from effjax.paths import Where, leaves_with_paths, map_with_paths
 from effjax.prune.pattern import Pattern, keep_highest
 from effjax.prune.score import kept_of
 from effjax.rules import default_axes
-from effjax.transform import Leaf, per_leaf, select
+from effjax.transform import How, Inputs, Leaf, on_shards, per_leaf, select
 
 
 def prune_mask(
@@ -43,47 +42,45 @@ def prune_mask(
         4
     """
     leaves = select(params, method, where=where, stats=stats, key=key)
-    together: dict[Any, dict[str, Leaf]] = {}
+    together: dict[Any, list[Leaf]] = {}
     for path, leaf in leaves.items():
-        if leaf.method.scope == "global":
-            together.setdefault(leaf.method, {})[path] = leaf
-    masks = {path: mask for m, group in together.items() for path, mask in _global_masks(m, group).items()}
-    return per_leaf(
-        lambda leaf: _unfold_mask(leaf, masks[leaf.path] if leaf.path in masks else _mask(leaf)), leaves, params
-    )
-
-
-def _mask(leaf: Leaf) -> jax.Array:
-    return _compiled_mask(leaf.method, leaf.fold(leaf.value), leaf.stats, leaf.key)
+        together.setdefault(leaf.method if leaf.method.scope == "global" else path, []).append(leaf)
+    masks: dict[str, jax.Array] = {}
+    for group in together.values():
+        found = on_shards(group, partial(_compiled_masks, tuple(leaf.how for leaf in group)))
+        masks.update((leaf.path, mask) for leaf, mask in zip(group, found, strict=True))
+    return per_leaf(lambda leaf: masks[leaf.path], leaves, params)
 
 
 @partial(jax.jit, static_argnums=0)
-def _compiled_mask(method: Any, w: jax.Array, stats: InputStats | None, key: jax.Array | None) -> jax.Array:
-    return method.mask(w, stats=stats, key=key)
+def _compiled_masks(how: tuple[How, ...], inputs: list[Inputs]) -> list[jax.Array]:
+    """The masks of one weight, or of all weights that compare their scores under one method of global scope."""
+    method = how[0][0]
+    matrices = [(fold(w, *axes), stats, key) for (_, *axes), (w, stats, key) in zip(how, inputs, strict=True)]
+    if method.scope == "leaf":
+        masks = [method.mask(w, stats=stats, key=key) for w, stats, key in matrices]
+    else:
+        masks = _global_masks(method, [method.scores(w, stats=stats, key=key) for w, stats, key in matrices])
+    return [_unfold_mask(mask, w.shape, *axes) for mask, (_, *axes), (w, _, _) in zip(masks, how, inputs, strict=True)]
 
 
-def _global_masks(method: Any, leaves: dict[str, Leaf]) -> dict[str, jax.Array]:
-    """One threshold over the units of all leaves; a block counts by its mean score and its size."""
+def _global_masks(method: Any, scores: list[jax.Array]) -> list[jax.Array]:
+    """One threshold over the units of all leaves; a block counts by its mean score."""
     pattern = Pattern.parse(method.pattern)
-    units = {
-        path: pattern.unit_scores(method.scores(leaf.fold(leaf.value), stats=leaf.stats, key=leaf.key))
-        for path, leaf in leaves.items()
-    }
-    flat = jnp.concatenate([u.ravel() for u in units.values()])
+    units = [pattern.unit_scores(s) for s in scores]
+    flat = jnp.concatenate([u.ravel() for u in units])
     keep = keep_highest(flat, kept_of(flat.size, method.sparsity))
-    masks, start = {}, 0
-    for path, u in units.items():
-        masks[path] = pattern.expand(keep[start : start + u.size].reshape(u.shape))
-        start += u.size
-    return masks
+    ends = np.cumsum([u.size for u in units])
+    return [pattern.expand(keep[end - u.size : end].reshape(u.shape)) for u, end in zip(units, ends, strict=True)]
 
 
-def _unfold_mask(leaf: Leaf, mask: jax.Array) -> jax.Array:
+def _unfold_mask(
+    mask: jax.Array, shape: tuple[int, ...], in_axes: tuple[int, ...], out_axes: tuple[int, ...]
+) -> jax.Array:
     """A mask `[*L, in, out]` in the shape of the weight."""
-    ndim = leaf.value.ndim
-    axes = (*leaf.in_axes, *leaf.out_axes)
-    lead = ndim - len(axes)
-    split = mask.reshape(*mask.shape[:lead], *(leaf.value.shape[axis] for axis in axes))
+    axes = (*in_axes, *out_axes)
+    lead = len(shape) - len(axes)
+    split = mask.reshape(*shape[:lead], *(shape[axis] for axis in axes))
     order = [lead + axes.index(axis) for axis in range(-len(axes), 0)]
     return jnp.transpose(split, (*range(lead), *order))
 
@@ -103,8 +100,8 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
 def pack_mask(params: PyTree, mask: PyTree) -> PyTree:
     """Keeps only the values under an n:m mask: `NMSparse` leaves, whose dropped bytes are really gone.
 
-    The pattern is the smallest n:m of m in 4, 8, 16, 2 that covers the mask, on concrete masks; a mask that no such
-    pattern makes smaller is refused.
+    The pattern is the n:m of m up to 16 that covers the mask in the fewest bytes; a mask that none of them makes
+    smaller is refused. Masks must be concrete, weights need not be.
 
     Raises:
         LeafError: a mask of another shape, one under a trace, or one without an n:m structure.
@@ -139,17 +136,20 @@ def _pattern_of(path: str, mask: Any, w: Any) -> tuple[int, int]:
     if _compat.is_tracer(mask):
         raise LeafError(f"{path}: pack_mask looks at the mask to find its n:m pattern: call it outside of jit")
     rows = np.asarray(fold(mask, *default_axes(path, w.ndim)))
-    for m in (4, 8, 16, 2):
+    bits = 8 * w.dtype.itemsize
+    found = []
+    for m in range(2, 17):
         if rows.shape[-2] % m == 0:
             kept = rows.reshape(*rows.shape[:-2], rows.shape[-2] // m, m, rows.shape[-1]).sum(-2)
-            n = int(kept.max())
-            index_bits = (m - 1).bit_length()
-            if 0 < n < m and n * (8 * w.dtype.itemsize + index_bits) < m * 8 * w.dtype.itemsize:
-                return n, m
-    raise LeafError(
-        f"{path} {list(w.shape)}: the mask has no n:m pattern (m = 2, 4, 8, 16) that would save bytes; use apply_mask, "
-        "or prune with pattern='2:4'"
-    )
+            n = max(1, int(kept.max()))
+            found.append((n * (bits + (m - 1).bit_length()) / m, m, n))
+    if not found or min(found)[0] >= bits:
+        raise LeafError(
+            f"{path} {list(w.shape)}: the mask has no n:m pattern (m up to 16) that would save bytes; use apply_mask, "
+            "or prune with pattern='2:4'"
+        )
+    _, m, n = min(found)
+    return n, m
 
 
 def _masks_by_path(params: PyTree, mask: PyTree) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class ScoreMethod(Method):
         if self.scope not in ("leaf", "global"):
             raise ValueError(f"scope={self.scope!r}: choose 'leaf' or 'global'")
 
+    @property
+    def sums(self) -> bool:
+        return Pattern.parse(self.pattern).block is not None
+
     def check(self, shape: tuple[int, ...]) -> None:
         Pattern.parse(self.pattern).check(shape)
 

@@ -48,6 +48,8 @@ class NF4(Method):
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size={self.block_size}: a positive number, or None for the whole column")
+        if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
+            raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
 
     def check(self, shape: tuple[int, ...]) -> None:
         check_groups(shape, self.block_size)

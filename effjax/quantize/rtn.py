@@ -57,6 +57,10 @@ class RTN(Method):
         if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
             raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
 
+    @property
+    def sums(self) -> bool:
+        return self.clip == "mse" or (self.bits == 1 and self.symmetric)
+
     def check(self, shape: tuple[int, ...]) -> None:
         check_groups(shape, self.group_size)
 
@@ -99,12 +103,11 @@ class RTN(Method):
         """Codes, scales and zero points of groups `[*L, groups, size, out]` for a range of values."""
         top = 2**self.bits - 1
         if self.symmetric:
-            steps = 0.5 if self.bits == 1 else 2 ** (self.bits - 1) - 1
-            scales = self._stored(high / steps)
             zeros, middle = None, centre(self.bits)
-            if self.bits == 1:  # two levels, ±scale/2: the mean magnitude fits them best
-                scales = self._stored(2 * jnp.abs(groups).mean(-2, keepdims=True) * high / jnp.maximum(high, 1e-30))
+            if self.bits == 1:  # two levels, ±scale/2: the mean magnitude fits them best, and 0 a group of zeros
+                scales = (2 * jnp.abs(groups).mean(-2, keepdims=True)).astype(self.scale_dtype).astype(jnp.float32)
                 return (groups >= 0).astype(jnp.uint8), scales, None
+            scales = self._stored(high / (2 ** (self.bits - 1) - 1))
         else:
             scales = self._stored((high - low) / top)
             zeros = jnp.clip(jnp.round(-low / scales), 0, top)

@@ -26,6 +26,7 @@ class Hashed(Method):
     """
 
     needs_key = True
+    sums = True
 
     ratio: float = 8.0
     block: int = 1

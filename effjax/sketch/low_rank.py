@@ -46,6 +46,8 @@ class LowRank(Method):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"second_moment"}) if self.weighted else frozenset()
 
+    sums = True
+
     def rank_of(self, shape: tuple[int, ...]) -> int:
         """The rank for a weight `[*L, in, out]`."""
         n, out = shape[-2:]
