@@ -176,7 +176,7 @@ def train(config: LmConfig) -> dict[str, float] | None:
     """Trains tokenizer and model and writes `config.out / "model"`.
 
     Returns:
-        The held-out figures of the weights as written, or None when SIGTERM ended the run before its last step.
+        The held-out figures of the weights as written, or None when the run was stopped before its last step.
     """
     texts, heldout = python_docs.documents("train"), python_docs.documents("heldout")
     tokenizer = train_tokenizer(texts, config.vocab)
@@ -186,6 +186,9 @@ def train(config: LmConfig) -> dict[str, float] | None:
     shape = decoder_config(config)
     model = Decoder(shape)
     evaluate = make_evaluate(model, heldout_ids, heldout, context=config.context)
+    history = config.out / "history.txt"  # every command that took part, for the card
+    before = history.read_text().splitlines() if config.resume and history.exists() else []
+    first = int(before[-1].rpartition(" ")[2]) + 1 if before else 1
     state = fit(
         make_loss(model, noise=config.noise),
         lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
@@ -195,6 +198,9 @@ def train(config: LmConfig) -> dict[str, float] | None:
         resume=config.resume,
         evaluate=evaluate,
     )
+    if int(state.step) >= first:
+        before.append(f"{command_of(config)}  # steps {first} to {int(state.step)}")
+        history.write_text("".join(line + "\n" for line in before))
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")
         return None
@@ -219,7 +225,7 @@ def train(config: LmConfig) -> dict[str, float] | None:
     }
     card = write_card(
         shape,
-        command=command_of(config),
+        commands=before,
         settings=dataclasses.asdict(config),
         figures=figures,
         samples=dict(zip(PROMPTS, write_samples(loaded, seed=config.seed), strict=True)),
@@ -241,8 +247,8 @@ def command_of(config: LmConfig) -> str:
     words = ["python", "-m", "train.lm", "--out", "runs/lm"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("out", "resume") and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+        if field.name != "out" and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(words)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ different, so some held-out ones have near copies among the others.
 ## How it was made
 
 ```console
-$ {command}
+{commands}
 ```
 
 with seed {seed} and jax {jax}, from a checkout of effjax. The same Python, jax and processor give the same losses.
@@ -51,7 +51,7 @@ Sampled at temperature {temperature}, the prompt before `⟨…⟩`; the first d
 def write_card(
     config: DecoderConfig,
     *,
-    command: str,
+    commands: Sequence[str],
     settings: Mapping[str, Any],
     figures: Mapping[str, float],
     samples: Mapping[str, str],
@@ -61,7 +61,7 @@ def write_card(
 
     Args:
         config: the decoder's shape.
-        command: what was run, with a relative folder.
+        commands: what was run, in order, with a relative folder.
         settings: steps, batch, context, noise and seed of the run.
         figures: what was counted and measured, under the names used in this file.
         samples: what the model wrote after each prompt.
@@ -86,7 +86,7 @@ def write_card(
         table="\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]),
         python=f"{platform.python_implementation()} {platform.python_version()}",
         jax=jax.__version__,
-        command=command,
+        commands="\n".join(f"$ {command}" for command in commands),
         context=s["context"],
         seed=s["seed"],
         temperature=temperature,

@@ -48,6 +48,7 @@ class LoopConfig:
         eval_every: steps between two held-out evaluations; 0 for only the last.
         save_every: steps between two checkpoints.
         keep: checkpoints kept, the oldest goes first.
+        stop_at: save and leave after this step, as SIGTERM would make the run do; 0 for never.
     """
 
     steps: int = 2600
@@ -61,6 +62,7 @@ class LoopConfig:
     eval_every: int = 200
     save_every: int = 200
     keep: int = 2
+    stop_at: int = 0
 
     def __post_init__(self):
         for name in ("steps", "log_every", "save_every", "keep"):
@@ -178,7 +180,7 @@ def fit(
     resume: bool = False,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> TrainState:
-    """Trains until `config.steps`, or until SIGTERM, and returns the last state.
+    """Trains until `config.steps`, `config.stop_at` or SIGTERM, and returns the last state.
 
     Args:
         loss_fn: `(params, batch, key) -> (sum, count)`.
@@ -233,7 +235,7 @@ def fit(
                         f"loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {done}: lower "
                         f"learning_rate={config.learning_rate} or resume from step {checkpoints.latest_step()} in {out}"
                     )
-                last = done == config.steps or stop.is_set()
+                last = done in (config.steps, config.stop_at) or stop.is_set()
                 if evaluate and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
                     record |= {name: float(value) for name, value in evaluate(state.params).items()}
                 metrics.write(record)

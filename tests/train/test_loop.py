@@ -147,8 +147,8 @@ def test_a_checkpoint_goes_on_on_another_mesh(uninterrupted, tmp_path):
 
 def test_metrics_are_sums_and_counts_that_add_over_batches():
     optimizer = make_optimizer(CONFIG)
-    state = init_state(init, optimizer, seed=0)
-    step = make_step(lambda params, batch, key: loss_fn(params, batch, jax.random.key(0)), optimizer)
+    state = jax.jit(lambda: init_state(init, optimizer, seed=0))()
+    step = jax.jit(make_step(lambda params, batch, key: loss_fn(params, batch, jax.random.key(0)), optimizer))
     _, metrics = step(state, batch_at(0))
     total, count = metrics["loss"]
     assert count == BATCH
