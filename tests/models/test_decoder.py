@@ -1,6 +1,7 @@
 """The decoder against itself: cached, scanned, rematerialised, in bfloat16, and differentiated."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -31,11 +32,16 @@ def jitted(config):
     return jax.jit(DecoderApply(config))
 
 
+@functools.cache
+def initial_params():
+    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.asarray(TOKENS))["params"]
+    return jax.tree.map(lambda x: x * 4 if x.ndim == 2 else x, params)  # attention that really chooses
+
+
 def make(scan_layers=False, **changes):
     """Configuration and parameters; the same weights whether scanned or not."""
     config = dataclasses.replace(CONFIG, **changes)
-    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.asarray(TOKENS))["params"]
-    params = jax.tree.map(lambda x: x * 4 if x.ndim == 2 else x, params)  # attention that really chooses
+    params = dict(initial_params())
     if scan_layers:
         config, params = dataclasses.replace(config, scan_layers=True), stack_layers(params)
     return config, params
@@ -132,7 +138,8 @@ def test_full_cache_drops_what_does_not_fit():
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_donated_decode_step_copies_no_cache(scan_layers):
     """Temporaries stay at a few layers' slices however many layers there are, and the cache is aliased whole."""
-    config, params = make(scan_layers, num_hidden_layers=6)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=6, scan_layers=scan_layers)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.asarray(TOKENS))["params"]
     cache = jax.eval_shape(lambda: new_cache(config, batch=2, slots=2048))
     step = jax.jit(DecoderApply(config), donate_argnames="cache")
     memory = step.lower({"params": params}, jnp.asarray(TOKENS[:, :1]), cache=cache).compile().memory_analysis()
