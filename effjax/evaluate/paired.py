@@ -1,4 +1,4 @@
-"""Perplexity of one model, and the paired comparison of compressed models with their original, in one pass over windows."""
+"""Perplexity of one model, and the paired comparison of compressed models with their original, in one pass."""
 
 import dataclasses
 import math
@@ -41,7 +41,8 @@ class Comparison:
         delta_nll: `nll - nll_reference`.
         delta_low, delta_high: its interval at `confidence`, bootstrapped over windows.
         perplexity, perplexity_reference: exponentials of the two likelihoods.
-        kl_mean, kl_q999: divergence KL(original ‖ compressed) of the next-token distributions, mean and 99.9 % quantile over tokens.
+        kl_mean, kl_q999: divergence KL(original ‖ compressed) of the next-token distributions, its mean and 99.9 %
+            quantile over tokens.
         same_top1: share of tokens whose most probable continuation is the same in both.
         verdict: one of `effjax.evaluate.VERDICTS`, by `rule`.
     """
@@ -146,10 +147,12 @@ def compare_many(
     and a divergence of exactly 0.
 
     Args:
-        apply: `apply({"params": params}, tokens) -> logits` float [batch, length, vocab], causal; `ej.lift(model.apply)` for compressed leaves.
+        apply: `apply({"params": params}, tokens) -> logits` float [batch, length, vocab], causal;
+            `ej.lift(model.apply)` for compressed leaves.
         reference: parameters of the original.
         candidates: parameters of the compressed models by name.
-        windows: int32; every token but the first of each row is predicted from those before it. -1 marks padding at the end.
+        windows: int32; every token but the first of each row is predicted from those before it; -1 marks padding at the
+            end.
         batch_size: windows that run at once; bounds the memory of the logits.
         rule: what the verdict demands, `VerdictRule()` by default; its `margin` is the non-inferiority margin.
         confidence, resamples, seed: of the bootstrap, see `paired_bootstrap`.

@@ -18,19 +18,19 @@ def windows_from_text(
     separator: Sequence[int] = (),
     keep: Literal["first", "last", "spread"] = "spread",
 ) -> np.ndarray:
-    """Tokenises `text` as one stream and cuts it into windows of `length` text tokens that do not overlap.
+    """Tokenises `text` as one stream and cuts it into windows of `length` tokens that do not overlap.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer` (anything with `encode(text, add_special_tokens=False).ids`).
         text: one text, or documents that are tokenised one by one and joined.
-        length: text tokens in a window; the incomplete window at the end is dropped.
+        length: tokens in a window, `bos` included; the incomplete window at the end is dropped.
         max_windows: how many windows to keep, all by default.
         bos: token put in front of every window, so that its first text token is predicted too.
         separator: tokens put between two documents.
         keep: which windows stay when there are more than `max_windows`; "spread" takes them at equal distances.
 
     Returns:
-        int32 [windows, length], or [windows, length + 1] with `bos`.
+        int32 [windows, length].
 
     Raises:
         CalibrationError: the text holds no complete window.
@@ -40,7 +40,7 @@ def windows_from_text(
         >>> class Bytes:
         ...     def encode(self, text, add_special_tokens=False):
         ...         return type("Encoding", (), {"ids": list(text.encode())})
-        >>> windows_from_text(Bytes(), "abcdefg", length=3, bos=0).tolist()
+        >>> windows_from_text(Bytes(), "abcdefg", length=4, bos=0).tolist()
         [[0, 97, 98, 99], [0, 100, 101, 102]]
     """
     if length < 2:
@@ -54,13 +54,14 @@ def windows_from_text(
         if stream:
             stream.extend(separator)
         stream.extend(tokenizer.encode(document, add_special_tokens=False).ids)
-    count = len(stream) // length
+    taken = length - (bos is not None)
+    count = len(stream) // taken
     if count == 0:
         raise CalibrationError(
-            f"the evaluation text has {len(stream)} tokens, less than one window of {length}: "
+            f"the evaluation text has {len(stream)} tokens, less than one window of {taken}: "
             "give more text or a smaller window length"
         )
-    windows = np.asarray(stream[: count * length], np.int32).reshape(count, length)
+    windows = np.asarray(stream[: count * taken], np.int32).reshape(count, taken)
     windows = windows[_kept(count, max_windows, keep)]
     if bos is not None:
         windows = np.concatenate([np.full((len(windows), 1), bos, np.int32), windows], axis=1)

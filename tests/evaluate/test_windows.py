@@ -23,7 +23,7 @@ def test_windows_tile_the_stream_and_drop_the_tail() -> None:
 
 
 def test_bos_goes_in_front_of_every_window() -> None:
-    assert windows_from_text(ByteTokenizer(), "abcd", length=2, bos=1).tolist() == [[1, 97, 98], [1, 99, 100]]
+    assert windows_from_text(ByteTokenizer(), "abcd", length=3, bos=1).tolist() == [[1, 97, 98], [1, 99, 100]]
 
 
 def test_documents_are_joined_with_the_separator() -> None:
