@@ -277,7 +277,8 @@ class _Reader:
         try:
             return where, parse_method(name, **args)
         except ConfigError as error:
-            raise self.error(entries["args"] if args else entries["method"], str(error)) from error
+            known = name.strip().lower().replace("-", "_") in methods()
+            raise self.error(entries["args"] if args and known else entries["method"], str(error)) from error
 
     def mapping(self, node: yaml.MappingNode, known: Sequence[str], what: str) -> dict[str, yaml.Node]:
         entries: dict[str, yaml.Node] = {}
