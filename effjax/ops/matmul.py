@@ -13,8 +13,7 @@ from effjax.arrays.low_rank import LowRank
 from effjax.arrays.sum import Sum
 
 Implementation = Literal["reference", "blocked"]
-BLOCK_WEIGHTS = 2**17  # weights of a dense tile: half a megabyte in float32, inside the second-level cache
-BLOCKED_ROWS = 64  # above this many rows of x one dequantisation is shared by enough work to be written out whole
+BLOCK_WEIGHTS = 2**15  # weights of a dense tile: 128 KiB in float32, well inside the second-level cache
 
 
 @partial(jax.jit, static_argnames=("transpose", "precision", "out_dtype", "implementation"))
@@ -39,8 +38,8 @@ def matmul(
         precision: as in `jax.lax.dot_general`.
         out_dtype: dtype of the result; the promoted dtype of `x` and `w` where None. Accumulation is in float32.
         implementation: "reference" dequantises the matrix and multiplies; "blocked" does so tile by tile, so that no
-            dense copy exists at any time. None chooses: blocked for few rows on a single CPU device, else reference,
-            which XLA can fuse and partition.
+            dense copy exists at any time. None chooses: blocked on a single CPU device, where tiles stay in the cache,
+            else reference, which XLA can fuse and partition.
 
     Returns:
         `[*batch, out]`, or `[*batch, in]` when `transpose`.
@@ -78,7 +77,7 @@ def _matmul(
             raise ValueError(f"{w} cannot be cut into tiles of whole groups and bytes; use implementation='reference'")
         product = _blocked(x, w, rows=rows, transpose=transpose, precision=precision)
     # A tile loop would slice a matrix whose rows are spread over devices, so it is kept for a single one.
-    elif rows is None or x.size // x.shape[-1] > BLOCKED_ROWS or jax.device_count() > 1:
+    elif rows is None or jax.device_count() > 1:
         product = _reference(x, w, transpose=transpose, precision=precision)
     else:
         product = jax.lax.platform_dependent(
@@ -165,7 +164,11 @@ def _contract(x: jax.Array, dense: jax.Array, axis: int, precision: Any) -> jax.
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
     dtype = jnp.promote_types(x.dtype, dense.dtype)
     return jax.lax.dot_general(
-        x.astype(dtype), dense.astype(dtype), dims, precision=precision, preferred_element_type=jnp.float32
+        x.astype(dtype),
+        dense.astype(dtype),
+        dims,
+        precision=precision,
+        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
 
 
