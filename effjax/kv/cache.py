@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
@@ -139,7 +140,7 @@ def resize(cache: KVCache, slots: int) -> KVCache:
     """
     if slots < 1:
         raise ConfigError(f"resize: slots must be at least 1, found {slots}")
-    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, jax.core.Tracer)
+    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
     if slots < cache.slots and known and (longest := int(jnp.max(cache.length))) > slots:
         raise ConfigError(
             f"resize: {longest} slots are filled and {slots} would drop tokens; write slots={longest} or more, or "

@@ -316,7 +316,8 @@ class DecoderConfig:
             "bos_token_id": entries.get("bos_token_id"),
             "eos_token_ids": token_ids(entries.get("eos_token_id"), "eos_token_id"),
         }
-        return cls(**({"model_type": model_type} | known | changes))
+        fields: dict[str, Any] = {"model_type": model_type} | known | changes
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The entries of a `config.json` that `transformers` and `from_hf` read back."""

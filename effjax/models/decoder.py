@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.offset
         counts = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1)
-        angles = rotary_angles(c, positions)
+        angles = rotary_angles(c, positions, start + counts)
 
         embed = Embed(c, name="embed")
         carry: Any = (embed(tokens), cache)
@@ -254,7 +254,7 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]  # annotated too narrowly
                 length=c.num_hidden_layers,
             )
             indices = jnp.arange(c.num_hidden_layers, dtype=jnp.int32)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from effjax.errors import ConfigError
@@ -220,9 +221,11 @@ def generate_text(
         donate_cache=True,
     )
     texts = []
-    for row, count in zip(np.asarray(written), np.asarray(counts), strict=True):
+    for prompt, row, count in zip(encoded, np.asarray(written), np.asarray(counts), strict=True):
         ids = row[:count].tolist()
-        texts.append(model.decode(ids[:-1] if ids[-1] in stops else ids))
+        ids = ids[:-1] if ids[-1] in stops else ids
+        head, whole = model.decode(prompt), model.decode(prompt + ids)  # alone, a first space would be lost
+        texts.append(whole[len(head) :] if whole.startswith(head) else model.decode(ids))
     return texts
 
 
@@ -262,7 +265,7 @@ def _check(
         )
     if any(not isinstance(token, int | np.integer) or token < 0 for token in stop_tokens):
         raise ConfigError(f"generate: stop_tokens must be token ids, found {tuple(stop_tokens)!r}")
-    if any(isinstance(x, jax.core.Tracer) for x in (prompt_lengths, cache.length)):
+    if any(isinstance(x, Tracer) for x in (prompt_lengths, cache.length)):
         return
     lengths = np.asarray(prompt_lengths)
     if lengths.min() < 1 or lengths.max() > prompt_tokens.shape[1]:

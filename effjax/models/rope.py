@@ -33,17 +33,17 @@ def frequencies(config: DecoderConfig) -> np.ndarray:
 
 
 def rotary_angles(
-    config: DecoderConfig, positions: Int[Array, "batch length"]
+    config: DecoderConfig, positions: Int[Array, "batch length"], ends: Int[Array, " batch"]
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
     """Cosine and sine of every pair's angle at `positions`, float32.
 
-    With `dynamic` scaling the base depends on the highest position of the row, so keys that a cache took in earlier
-    keep the base of their time, as in `transformers`.
+    With `dynamic` scaling the base depends on the length of each row's text up to now (`ends`, without padding), so
+    keys that a cache took in earlier keep the base of their time, as in `transformers`.
     """
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
-        limit = scaling.original_max_position_embeddings or config.max_position_embeddings
-        seen = jnp.maximum(jnp.max(positions, axis=1) + 1, limit).astype(jnp.float32)
+        limit = config.max_position_embeddings
+        seen = jnp.maximum(ends, limit).astype(jnp.float32)
         stretch = scaling.factor * seen / limit - (scaling.factor - 1)
         dim = config.head_dim
         base = config.rope_theta * stretch ** (dim / (dim - 2))

@@ -171,17 +171,17 @@ def test_strict_dtypes_and_ranks():
 
 
 def test_dynamic_scaling_is_per_row():
-    """A row gives the same logits next to a longer one, although the base depends on the length."""
+    """A padded row gives the same logits next to a longer one, although the base depends on the length."""
     scaling = RopeScaling(rope_type="dynamic", factor=2.0)
     config, params = make(sliding_window=None, rope_scaling=scaling, max_position_embeddings=4)
     apply = jitted(config)
-    together, _ = apply({"params": params}, TOKENS[:, :1], cache=_at(config, [0, 7]))
-    alone, _ = apply({"params": params}, TOKENS[:1, :1], cache=new_cache(config, batch=1, slots=4))
-    np.testing.assert_allclose(together[0], alone[0], atol=1e-6)
-
-
-def _at(config, offsets):
-    return new_cache(config, batch=len(offsets), slots=4).replace(offset=jnp.asarray(offsets, jnp.int32))
+    together, _ = apply(
+        {"params": params}, TOKENS, cache=new_cache(config, batch=2, slots=11), lengths=jnp.array([6, 10])
+    )
+    alone = apply({"params": params}, TOKENS[:1, :6])
+    np.testing.assert_allclose(together[0, :6], alone[0], atol=2e-5)
+    fixed = jitted(dataclasses.replace(config, rope_scaling=None))({"params": params}, TOKENS[:1, :6])
+    assert jnp.abs(alone - fixed).max() > 1e-2, "the text is long enough to stretch"
 
 
 def test_vmap_over_parameters():

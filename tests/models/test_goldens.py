@@ -33,3 +33,11 @@ def test_goldens_tell_the_families_apart():
         ]
         for one, other in pairs:
             assert np.abs(goldens[one][-1] - goldens[other][-1]).max() > 0.05, (one, other)
+
+
+def test_llama3_scaling_matters(tmp_path):
+    """Without its scaling the same checkpoint is far off, so the golden really tests it."""
+    model = load_model(write_checkpoint(tmp_path, FAMILIES["llama3"] | {"rope_scaling": None}))
+    logits = model.apply({"params": model.params}, jnp.asarray(tokens()))
+    with np.load(GOLDENS, allow_pickle=False) as goldens:
+        assert np.abs(logits[0, POSITIONS[-1]] - goldens["llama3"][-1]).max() > 0.05
