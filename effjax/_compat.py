@@ -42,3 +42,16 @@ def is_tracer(x: Any) -> bool:
 
 def is_drop_var(var: Any) -> bool:
     return isinstance(var, core.DropVar)
+
+
+def scan_groups(params: dict[str, Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The inputs of a scan equation as constants, carry and scanned arrays.
+
+    Counts among the parameters up to jax 0.11, a tree of them since 0.12.
+    """
+    if "num_consts" in params:
+        counts = [params["num_consts"], params["num_carry"]]
+    else:
+        counts = [len(list(group)) for group in params["ft_in"].unpack()]
+    first, second = counts[0], counts[0] + counts[1]
+    return list(inputs[:first]), list(inputs[first:second]), list(inputs[second:])

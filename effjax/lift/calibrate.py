@@ -23,6 +23,7 @@ from effjax.paths import Where, leaves_with_paths, map_with_paths, matches
 from effjax.rules import is_dense_matrix
 
 NEEDS = ("second_moment", "abs_mean", "norm")
+SUMS = ("outer_sum", "abs_sum", "square_sum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class InputStats:
     out_axes: tuple[int, ...] = (-1,)
 
     def __add__(self, other: "InputStats") -> "InputStats":
+        if any((getattr(self, need) is None) != (getattr(other, need) is None) for need in SUMS):
+            raise CalibrationError("these statistics were gathered with other needs=: gather both with the same")
         if (self.in_axes, self.out_axes) != (other.in_axes, other.out_axes):
             raise CalibrationError(
                 f"one weight is contracted over axes {self.in_axes} and over {other.in_axes}: its inputs have no "
@@ -211,7 +214,7 @@ def _record(
 
     statistics = InputStats(
         count=spread(jnp.full(lead, rows.shape[-2], jnp.float32)),  # type: ignore[arg-type]
-        outer_sum=spread(jnp.matmul(rows.mT, rows)) if "second_moment" in needs else None,
+        outer_sum=spread(jnp.matmul(rows.mT, rows, precision="highest")) if "second_moment" in needs else None,
         abs_sum=spread(jnp.abs(rows).sum(-2)) if "abs_mean" in needs else None,
         square_sum=spread(jnp.square(rows).sum(-2)) if "norm" in needs else None,
         in_axes=in_axes,

@@ -1,12 +1,15 @@
 """Rules for operations that hold jaxprs: each is emitted again through jax's public function for it."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from effjax import _compat
 from effjax.arrays.base import full_spec
+from effjax.errors import CalibrationError
 from effjax.lift.interpreter import Interpreter, Rule
 from effjax.lift.operand import Operand, Probe, is_operand
 from effjax.lift.rules import field_specs
@@ -25,8 +28,11 @@ def jit(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
 
 
 def custom_call(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
-    """A user's derivative rule may look at the weight itself, so it gets it dense; see `Policy`."""
-    return None
+    """A user's derivative rule may look at the weight itself, so it gets it dense; see `Policy`.
+
+    Calibration differentiates nothing and looks inside.
+    """
+    return None if interp.record is None else interp.run(eqn.params["call_jaxpr"], inputs)
 
 
 def checkpoint(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -41,8 +47,8 @@ def checkpoint(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | 
 
 def scan(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     p = eqn.params
-    n_consts, n_carry = p["num_consts"], p["num_carry"]
-    consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
+    consts, carry, xs = _compat.scan_groups(p, inputs)
+    n_carry = len(carry)
     carry = interp.dense(carry, "scan carry")
     stacked: list[Any] = []
     rebuild: list[Any] = []
@@ -94,7 +100,9 @@ def while_loop(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | 
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = inputs[:n_cond], inputs[n_cond : n_cond + n_body]
     init = interp.dense(inputs[n_cond + n_body :], "while carry")
-    shapes = jax.eval_shape(lambda *c: _inner(interp, p["body_jaxpr"], [*body_consts, *c], "while")[1], *init)
+    shapes = {}
+    if interp.record is not None:  # what is recorded must be in the state from the start
+        shapes = jax.eval_shape(lambda *c: _inner(interp, p["body_jaxpr"], [*body_consts, *c], "while")[1], *init)
 
     def cond(state: Any) -> jax.Array:
         return _inner(interp, p["cond_jaxpr"], [*cond_consts, *state[0]], "while")[0][0]
@@ -138,26 +146,22 @@ def shard_map(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | N
     p = eqn.params
     manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
     specs: list[Any] = []
-    args: list[Any] = []
+    values: list[Any] = []
     for value, spec in zip(inputs, p["in_specs"], strict=True):
-        inner = field_specs(value, spec) if is_operand(value) else spec
-        if is_operand(value) and (inner is None or not _keeps_cut(value, spec, inner)):
+        inner = _shard_specs(value, spec, p["mesh"]) if is_operand(value) else spec
+        if inner is None:
             (value,) = interp.dense([value], "shard_map input")
             inner = spec
-        args.append(value.array if is_operand(value) else value)
+        values.append(value)
         specs.append(inner)
-    operands = [value if is_operand(value) else None for value in inputs]
-    operands = [o if o is not None and args[i] is o.array else None for i, o in enumerate(operands)]
 
     def body(*local: Any) -> Any:
         seen = [
-            x if o is None else Operand(x, o.layout.resized(x.shape), o.path)
-            for x, o in zip(local, operands, strict=True)
+            Operand(x, value.layout.resized(x.shape), value.path) if is_operand(value) else x
+            for x, value in zip(local, values, strict=True)
         ]
         outputs, taps = _inner(interp, p["jaxpr"], seen, "shard_map")
         if taps:
-            from effjax.errors import CalibrationError
-
             raise CalibrationError(
                 f"calibrate cannot look inside shard_map (leaf {sorted(taps)[0]!r}): calibrate the function without "
                 "it, or shard it with jax.jit and NamedSharding"
@@ -172,20 +176,26 @@ def shard_map(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | N
             out_specs=list(p["out_specs"]),
             axis_names=set(manual),
             check_vma=p["check_vma"],
-        )(*args)
+        )(*(value.array if is_operand(value) else value for value in values))
     )
 
 
-def _keeps_cut(w: Operand, spec: P, inner: Any) -> bool:
-    """Whether the stored fields are cut wherever the dense weight is: a packed axis may refuse."""
-    wanted = {name for entry in full_spec(spec, w.ndim) if entry is not None for name in _names(entry)}
-    leading = jax.tree.leaves(inner, is_leaf=lambda s: isinstance(s, P))[0]
-    got = {name for entry in leading if entry is not None for name in _names(entry)}
-    return wanted == got
+def _shard_specs(w: Operand, spec: P, mesh: Any) -> Any:
+    """Specs of the stored fields that cut the weight as `spec` does; None where a shard would not be compressed."""
+    specs = field_specs(w, spec, mesh)
+    if specs is None:
+        return None
 
+    def local(size: int, entry: Any) -> int:
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        return size // math.prod(mesh.shape[name] for name in names)
 
-def _names(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,)
+    def shard(field: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(map(local, field.shape, full_spec(spec, field.ndim))), field.dtype)
+
+    inside = jax.tree.map(shard, w.array, specs)
+    seen = w.layout.resized(inside.shape).shape
+    return specs if seen == tuple(map(local, w.shape, full_spec(spec, w.ndim))) else None
 
 
 def _emit(interp: Interpreter, taps: dict[str, Any]) -> None:
@@ -207,6 +217,7 @@ def control_flow_rules() -> dict[str, Rule]:
         "while": while_loop,
         "cond": cond,
         "shard_map": shard_map,
+        "composite": jit,
         "custom_jvp_call": custom_call,
         "custom_vjp_call": custom_call,
     }

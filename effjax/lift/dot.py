@@ -1,4 +1,4 @@
-"""dot_general with a compressed operand, in any layout that contracts exactly the inputs or the outputs of the matrix."""
+"""dot_general with a compressed operand, in any layout that contracts exactly the matrix's inputs or its outputs."""
 
 import dataclasses
 import math
@@ -138,7 +138,7 @@ def _arrange(
     w_free_shape = [w_shape[d] for d in c.free]
     final = [*batch_shape, *w_free_shape, *x_free] if c.w_first else [*batch_shape, *x_free, *w_free_shape]
     if list(product.shape) != shape:
-        product = product.reshape(shape)
+        product = jax.lax.reshape(product, shape)
     if order != list(range(len(shape))):
-        product = jnp.transpose(product, order)
-    return product if list(product.shape) == final else product.reshape(final)
+        product = jax.lax.transpose(product, order)
+    return product if list(product.shape) == final else jax.lax.reshape(product, final)

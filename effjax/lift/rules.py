@@ -1,13 +1,15 @@
 """Rules for structural operations: what keeps a compressed weight compressed without touching its codes."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from effjax import _compat
 from effjax.arrays.base import CompressedArray, full_spec
-from effjax.arrays.sharding import fit_spec
+from effjax.arrays.sharding import partition_specs
 from effjax.lift.dot import canonical_input, contraction, dot
 from effjax.lift.interpreter import Interpreter, Rule
 from effjax.lift.layout import Layout
@@ -87,11 +89,6 @@ def convert_element_type(interp: Interpreter, eqn: Any, inputs: list[Any]) -> li
     return [Operand(w.array.astype(dtype), w.layout, w.path)]
 
 
-def _index_stacked(w: Operand, axis: int, take: Any) -> CompressedArray:
-    """Applies `take` (along the axis it is given) to every field of the array."""
-    return jax.tree.map(lambda field: take(field, axis), w.array)
-
-
 def _stacked_axis(w: Operand, dim: int) -> int | None:
     """The stored axis that `dim` is, when it is a stacked one (layers, experts)."""
     axis = w.layout.whole_axis(dim)
@@ -99,32 +96,63 @@ def _stacked_axis(w: Operand, dim: int) -> int | None:
     return axis if axis is not None and axis < stacked and len(w.layout.axes[axis]) == 1 else None
 
 
-def _single_cut(w: Operand, sizes: tuple[int, ...]) -> int | None:
-    """The one dimension in which `sizes` differ from the weight's, or None."""
-    cut = [d for d, size in enumerate(sizes) if size != w.shape[d]]
-    return cut[0] if len(cut) == 1 else None
+def _cut(w: Operand, dim: int, size: int, take: Any, ids: Any) -> Operand | None:
+    """`size` entries of dimension `dim`: a stacked axis stays compressed, of the outputs only those columns are made.
 
-
-def _cut(interp: Interpreter, w: Operand, dim: int | None, ids: Any, size: int, op: str) -> list[Any] | None:
-    """Entries `ids` of dimension `dim`: a stacked axis stays compressed, of the outputs only those columns are made."""
-    if dim is None:
-        return None
+    Args:
+        take: `take(field, axis)`, which cuts the entries out of one stored field.
+        ids: the entries, as `int[size]`; called only where columns are picked.
+    """
     axis = _stacked_axis(w, dim)
     if axis is not None:
-        array = _index_stacked(w, axis, lambda field, a: jnp.take(field, ids, axis=a, mode="clip"))
-        axes = w.layout.axes[:axis] + ((size,),) + w.layout.axes[axis + 1 :]
+        array = jax.tree.map(lambda field: take(field, axis), w.array)
+        if size == 1:  # the axis goes: one matrix is multiplied without a batch dimension
+            array = jax.tree.map(lambda field: jnp.squeeze(field, axis), array)
+            dims = tuple(() if i == dim else d for i, d in enumerate(w.layout.dims))
+            layout = Layout(axes=w.layout.axes, dims=dims).without_axis(axis)
+        else:
+            layout = Layout(axes=(*w.layout.axes[:axis], (size,), *w.layout.axes[axis + 1 :]), dims=w.layout.dims)
+    elif w.layout.whole_axis(dim) == len(w.layout.axes) - 1 and not isinstance(w.array, Probe):
+        array = w.array.columns(ids())
+        if array is None:
+            return None
+        axis = len(w.layout.axes) - 1
         dims = tuple(d if i != dim else (((axis, 0),) if size > 1 else ()) for i, d in enumerate(w.layout.dims))
+        layout = Layout(axes=(*w.layout.axes[:-1], (size,)), dims=dims)
+    else:
+        return None
+    return Operand(array, layout, w.path)
+
+
+def _static_cut(w: Operand, dim: int, start: int, limit: int, stride: int = 1) -> Operand | None:
+    size = len(range(start, limit, stride))
+
+    def take(field: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.slice_in_dim(field, start, limit, stride, axis)
+
+    return _cut(w, dim, size, take, lambda: jnp.arange(start, limit, stride))
+
+
+def _dynamic_cut(w: Operand, dim: int, start: Any, size: int) -> Operand | None:
+    first = jnp.clip(start, 0, w.shape[dim] - size)
+
+    def take(field: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(field, first, size, axis)
+
+    return _cut(w, dim, size, take, lambda: first + jnp.arange(size))
+
+
+def _cuts(interp: Interpreter, w: Operand, sizes: tuple[int, ...], cut: Any, op: str) -> list[Any] | None:
+    """`cut(operand, dimension)` in every dimension in which `sizes` are smaller than the weight's."""
+    piece: Operand | None = w
+    for dim, size in enumerate(sizes):
+        if piece is not None and size != w.shape[dim]:
+            piece = cut(piece, dim)
+    if piece is None:
+        return None
+    if piece is not w:
         interp.kept(w, op)
-        return [Operand(array, Layout(axes=axes, dims=dims), w.path)]
-    if w.layout.whole_axis(dim) != len(w.layout.axes) - 1 or isinstance(w.array, Probe):
-        return None
-    columns = w.array.columns(ids)
-    if columns is None:
-        return None
-    axes = w.layout.axes[:-1] + ((size,),)
-    dims = tuple(d if i != dim else (((len(axes) - 1, 0),) if size > 1 else ()) for i, d in enumerate(w.layout.dims))
-    interp.kept(w, op)
-    return [Operand(columns, Layout(axes=axes, dims=dims), w.path)]
+    return [piece]
 
 
 def slice_(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -132,11 +160,29 @@ def slice_(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * w.ndim
     sizes = tuple(eqn.outvars[0].aval.shape)
-    if sizes == w.shape:
-        return [w]
-    dim = _single_cut(w, sizes)
-    ids = None if dim is None else jnp.arange(starts[dim], limits[dim], strides[dim])
-    return _cut(interp, w, dim, ids, 0 if dim is None else sizes[dim], "slice")
+    return _cuts(interp, w, sizes, lambda v, d: _static_cut(v, d, starts[d], limits[d], strides[d]), "slice")
+
+
+def split(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """Pieces along one dimension, as of a fused query-key-value kernel."""
+    (w,) = inputs
+    ends = list(itertools.accumulate(map(int, eqn.params["sizes"])))
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    return _pieces(interp, [_static_cut(w, eqn.params["axis"], *span) for span in spans], "split")
+
+
+def unstack(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    (w,) = inputs
+    dim = eqn.params["axis"]
+    pieces = _pieces(interp, [_static_cut(w, dim, i, i + 1) for i in range(w.shape[dim])], "unstack")
+    return None if pieces is None else [piece.with_layout(piece.layout.squeeze((dim,))) for piece in pieces]
+
+
+def _pieces(interp: Interpreter, pieces: list[Any], op: str) -> list[Any] | None:
+    if None in pieces:
+        return None
+    interp.kept(pieces[0], op)
+    return pieces
 
 
 def dynamic_slice(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -144,13 +190,7 @@ def dynamic_slice(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any]
     sizes = tuple(eqn.params["slice_sizes"])
     if not is_operand(w):
         return None
-    if sizes == w.shape:
-        return [w]
-    dim = _single_cut(w, sizes)
-    if dim is None:
-        return None
-    first = jnp.clip(starts[dim], 0, w.shape[dim] - sizes[dim])
-    return _cut(interp, w, dim, first + jnp.arange(sizes[dim]), sizes[dim], "dynamic_slice")
+    return _cuts(interp, w, sizes, lambda v, d: _dynamic_cut(v, d, starts[d], sizes[d]), "dynamic_slice")
 
 
 def gather(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -169,10 +209,15 @@ def gather(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None
     batch_shape = indices.shape[:-1]
     ids = indices.reshape(-1)
     valid = (ids >= 0) & (ids < w.shape[dim])
-    picked = _cut(interp, w, dim, jnp.clip(ids, 0, w.shape[dim] - 1), ids.size, "gather")
-    if picked is None:
+    inside = jnp.clip(ids, 0, w.shape[dim] - 1)
+
+    def take(field: jax.Array, axis: int) -> jax.Array:
+        return jnp.take(field, inside, axis=axis, mode="clip")
+
+    rows = _cut(w, dim, ids.size, take, lambda: inside)
+    if rows is None:
         return None
-    (rows,) = picked
+    interp.kept(w, "gather")
     # Looked-up rows are activations from here on: dense, in the order that gather gives them.
     dense = jnp.moveaxis(rows.materialize().reshape([*w.shape[:dim], ids.size, *w.shape[dim + 1 :]]), dim, 0)
     if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
@@ -188,33 +233,45 @@ def gather(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None
 
 
 def concatenate(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
-    """Stacking: operands of one kind, joined along a dimension of size 1, become one with a new stacked axis."""
+    """Operands joined along a dimension of size 1: stacking, as jax before 0.10 spells it."""
     dim = eqn.params["dimension"]
+    if not all(map(is_operand, inputs)) or inputs[0].layout.dims[dim]:
+        return None
+    return _stack(interp, [w.with_layout(w.layout.squeeze((dim,))) for w in inputs], dim, "concatenate")
+
+
+def stack(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    return _stack(interp, inputs, eqn.params["axis"], "stack")
+
+
+def _stack(interp: Interpreter, inputs: list[Any], dim: int, op: str) -> list[Any] | None:
+    """Operands of one kind become one with a new stacked axis, seen as dimension `dim`."""
     if not all(map(is_operand, inputs)) or any(isinstance(w.array, Probe) for w in inputs):
         return None
     first = inputs[0]
-    kinds = {(jax.tree.structure(w.array), w.layout, tuple(f.shape for f in jax.tree.leaves(w.array))) for w in inputs}
-    if len(kinds) != 1 or first.layout.dims[dim]:
+    kinds = {(jax.tree.structure(w.array), w.layout, tuple(map(_aval, jax.tree.leaves(w.array)))) for w in inputs}
+    if len(kinds) != 1:
         return None
     array = jax.tree.map(lambda *fields: jnp.stack(fields), *(w.array for w in inputs))
-    layout = first.layout.squeeze((dim,)).with_axis_in_front(len(inputs))
-    order = list(range(1, len(layout.dims)))
+    order = list(range(1, first.ndim + 1))
     order.insert(dim, 0)
     for w in inputs:
-        interp.kept(w, "concatenate")
-    return [Operand(array, layout.transpose(tuple(order)), first.path)]
+        interp.kept(w, op)
+    layout = first.layout.with_axis_in_front(len(inputs)).transpose(tuple(order))
+    return [Operand(array, layout, first.path)]
+
+
+def _aval(field: Any) -> Any:
+    return field.shape, field.dtype
 
 
 def convolution(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     """A convolution needs its one kernel dense; that copy is small beside its activations, hence always allowed."""
-    from effjax import _compat
-
     return _compat.bind(eqn, interp.dense(inputs, "conv_general_dilated", allowed=True))
 
 
 def fieldwise(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     """Operations that do nothing to values: applied to every field."""
-    from effjax import _compat
 
     def apply(value: Any) -> Any:
         if not is_operand(value):
@@ -224,8 +281,26 @@ def fieldwise(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | N
     return [apply(value) for value in inputs]
 
 
+def stop_gradient(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    return list(jax.lax.stop_gradient(inputs))
+
+
 def optimization_barrier(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     return list(jax.lax.optimization_barrier(inputs))
+
+
+def device_put(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """Fields go where the weight goes: to the device or memory space, or cut as its dimensions are."""
+
+    def put(value: Any, target: Any) -> Any:
+        if isinstance(target, NamedSharding) and is_operand(value):
+            specs = field_specs(value, target.spec, target.mesh)
+            return (
+                value if specs is None else _with_specs(value, specs, lambda s: target.update(spec=s), jax.device_put)
+            )
+        return jax.device_put(value, target)
+
+    return [put(value, target) for value, target in zip(inputs, eqn.params["devices"], strict=True)]
 
 
 def sharding_constraint(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
@@ -234,16 +309,28 @@ def sharding_constraint(interp: Interpreter, eqn: Any, inputs: list[Any]) -> lis
     sharding = eqn.params["sharding"]
     if not isinstance(sharding, NamedSharding):
         return [w]
-    specs = field_specs(w, sharding.spec)
-
-    def constrain(field: jax.Array, spec: PartitionSpec) -> jax.Array:
-        fitting = fit_spec(field.shape, spec, sharding.mesh)
-        return jax.lax.with_sharding_constraint(field, NamedSharding(sharding.mesh, fitting))
-
-    return [w if specs is None else Operand(jax.tree.map(constrain, w.array, specs), w.layout, w.path)]
+    specs = field_specs(w, sharding.spec, sharding.mesh)
+    if specs is None:
+        return [w]
+    return [_with_specs(w, specs, lambda s: NamedSharding(sharding.mesh, s), jax.lax.with_sharding_constraint)]
 
 
-def field_specs(w: Operand, spec: PartitionSpec) -> Any:
+def reshard(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+    """Explicit axes: fields move as their dimension of the weight does, or stay; a product gets its own type."""
+    (w,) = inputs
+    sharding = eqn.params["dst_sharding"]
+    specs = field_specs(w, sharding.spec, sharding.mesh)
+    if specs is None:
+        return [w]
+    return [_with_specs(w, specs, lambda s: NamedSharding(sharding.mesh, s), jax.sharding.reshard)]
+
+
+def _with_specs(w: Operand, specs: Any, sharding: Any, apply: Any) -> Operand:
+    array = jax.tree.map(lambda field, spec: apply(field, sharding(spec)), w.array, specs)
+    return Operand(array, w.layout, w.path)
+
+
+def field_specs(w: Operand, spec: PartitionSpec, mesh: Any) -> Any:
     """Specs of the stored fields for a spec of the dimensions; None where a sharded dimension is no major part."""
     entries = full_spec(spec, w.ndim)
     stored: list[Any] = [None] * len(w.layout.axes)
@@ -253,7 +340,7 @@ def field_specs(w: Operand, spec: PartitionSpec) -> Any:
         if not atoms or atoms[0] != w.layout.atoms_of(atoms[0][0])[0]:
             return None
         stored[atoms[0][0]] = entry
-    return w.array.replace(**w.array.field_specs(tuple(stored)))
+    return partition_specs(w.array, PartitionSpec(*stored), mesh)
 
 
 def structural_rules() -> dict[str, Rule]:
@@ -270,12 +357,16 @@ def structural_rules() -> dict[str, Rule]:
         "dynamic_slice": dynamic_slice,
         "gather": gather,
         "concatenate": concatenate,
+        "stack": stack,
+        "unstack": unstack,
+        "split": split,
         "conv_general_dilated": convolution,
         "copy": fieldwise,
-        "copy_p": fieldwise,
         "name": fieldwise,
         "pvary": fieldwise,
-        "device_put": fieldwise,
+        "stop_gradient": stop_gradient,
+        "device_put": device_put,
         "optimization_barrier": optimization_barrier,
         "sharding_constraint": sharding_constraint,
+        "reshard": reshard,
     }
