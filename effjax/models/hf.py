@@ -1,13 +1,9 @@
 """Models in Hugging Face directories: config.json, safetensors (one or sharded), tokenizer.json; in and out."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,10 @@ import numpy as np
 
 from effjax.arrays.base import is_compressed
 from effjax.errors import CheckpointError, ConfigError
+from effjax.io.directory import renamed_when_whole
+from effjax.io.safetensors_file import TensorEntry, read_entries
 from effjax.models.config import DecoderConfig, token_ids
 from effjax.models.decoder import DecoderApply, unstack_layers
-from effjax.models.safetensors_file import TensorEntry, read_entries
 from effjax.paths import leaves_with_paths
 
 PyTree = Any
@@ -224,41 +221,10 @@ def save_hf(
     texts = {"config.json": json.dumps(entries, indent=2) + "\n"} | (files or {})
     if tokenizer_json is not None:
         texts["tokenizer.json"] = tokenizer_json
-    with _renamed_when_whole(target, overwrite) as temporary:
+    with renamed_when_whole(target, overwrite=overwrite) as temporary:
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _renamed_when_whole(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name at the end, or disappears on any error."""
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target.name} exists already; choose another name, or write overwrite=True")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target.name} cannot be made: its parent directory does not exist; make that first")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"{target.name} cannot be written ({error.strerror}); nothing was left behind") from error
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the writer wraps a full disk
-            raise CheckpointError(
-                f"{target.name} cannot be written ({error}); nothing was left behind, free some space or choose "
-                "another disk"
-            ) from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _find(path_or_id: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:

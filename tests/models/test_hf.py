@@ -233,7 +233,7 @@ def test_save_refuses_before_writing(checkpoint, tmp_path):
         "layers_0/mlp/down_proj/kernel has values that are not finite",
     ):
         assert words in str(caught.value)
-    with pytest.raises(CheckpointError, match="model exists already; choose another name, or write overwrite=True"):
+    with pytest.raises(CheckpointError, match="model exists already; choose another name"):
         save_hf(checkpoint, model.config, model.params)
     with pytest.raises(CheckpointError, match="its parent directory does not exist"):
         save_hf(tmp_path / "no" / "out", model.config, model.params)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from effjax.errors import CheckpointError
-from effjax.models.safetensors_file import read_entries
+from effjax.io.safetensors_file import read_entries
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
