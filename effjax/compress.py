@@ -290,12 +290,12 @@ def float32_apply(model: LoadedModel) -> Float32Apply:
     return Float32Apply(DecoderApply(dataclasses.replace(model.config, dtype="float32")))
 
 
-def runnable_params(params: PyTree, *, limit: int = 2**28) -> PyTree:
+def runnable_params(params: PyTree, *, limit: int = 2**27) -> PyTree:
     """Float32 weights where their dense copy stays within `limit` bytes, else the parameters as they are."""
     leaves = jax.tree.leaves(params, is_leaf=is_compressed)
     if 4 * sum(leaf.size for leaf in leaves) > limit:
         return params
-    return materialize(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params, is_leaf=is_compressed))
+    return jax.tree.map(_dense_float32, params, is_leaf=is_compressed)
 
 
 def write_sample(model: LoadedModel, params: PyTree, sampling: Sampling) -> str:
@@ -317,7 +317,9 @@ def leaf_rows(original: PyTree, params: PyTree) -> tuple[LeafRow, ...]:
     rows = []
     for path, leaf in after.items():
         changed = is_compressed(leaf) or (leaf is not before[path] and not _same(before[path], leaf))
-        errors = np.atleast_1d(np.asarray(_relative_errors(before[path], leaf))).tolist() if changed else []
+        errors = (
+            np.atleast_1d(np.asarray(_relative_errors(before[path], _dense_float32(leaf)))).tolist() if changed else []
+        )
         rows.append(
             LeafRow(
                 path=path,
@@ -365,11 +367,16 @@ def describe(recipe: Recipe) -> str:
 
 
 @jax.jit
-def _relative_errors(before: jax.Array, after: Any) -> jax.Array:
+def _dense_float32(leaf: Any) -> jax.Array:
+    """The weight in float32, not rounded to the dtype it was stored in before it was compressed."""
+    return materialize(leaf.astype(jnp.float32))
+
+
+@jax.jit
+def _relative_errors(before: jax.Array, dense: jax.Array) -> jax.Array:
     """One error a slice of the first dimension of stacked weights, else one in all."""
-    dense = after.materialize() if is_compressed(after) else after
     axes = tuple(range(1 if before.ndim > 2 else 0, before.ndim))
-    before, dense = before.astype(jnp.float32), dense.astype(jnp.float32)
+    before = before.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(before), axis=axes))
     return jnp.sqrt(jnp.sum(jnp.square(before - dense), axis=axes)) / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
 

@@ -77,8 +77,8 @@ class Judging:
     """UTF-8 text to judge on; the held-out part of the Python documentation by default."""
     windows: int = 64
     """How many windows to take from the text, at equal distances."""
-    window_length: int = 256
-    """Tokens in a window."""
+    window_length: OptionalInt = None
+    """Tokens in a window; 256 by default, or as many as the model was made for."""
     batch_size: int = 8
     """Windows that run at once; more is faster and takes more memory."""
     margin: float = 0.02
@@ -103,20 +103,25 @@ class Judging:
             raise ConfigError(
                 f"{model.source}: has no tokenizer.json, so no text can be read; put one into the directory"
             )
-        if self.window_length > config.max_position_embeddings + 1:
+        length = min(256, config.max_position_embeddings) if self.window_length is None else self.window_length
+        if length > config.max_position_embeddings:
             raise ConfigError(
-                f"--window-length {self.window_length} is more than the {config.max_position_embeddings} positions of "
+                f"--window-length {length} is more than the {config.max_position_embeddings} positions of "
                 f"{model.source}: choose at most {config.max_position_embeddings}"
             )
         ends = [*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id])]
         windows = windows_from_text(
             model.tokenizer,
             self._documents(),
-            length=self.window_length,
+            length=length,
             max_windows=self.windows,
             bos=config.bos_token_id,
             separator=ends,
         )
+        if len(windows) < 2:
+            raise CalibrationError(
+                f"an interval needs at least 2 windows, got {len(windows)}: give more text or --windows"
+            )
         if windows.max() >= config.vocab_size:
             raise ConfigError(
                 f"{model.source}: the tokenizer makes token {windows.max()}, but vocab_size is {config.vocab_size}: "
