@@ -1,11 +1,11 @@
 """A weight as the sum of parts: quantized plus low rank, a base plus an adapter."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from effjax.arrays.base import CompressedArray, Spec, register
 
@@ -35,16 +35,6 @@ class Sum(CompressedArray):
         total = sum(part.materialize().astype(jnp.float32) for part in self.parts)
         return jnp.asarray(total).astype(self.dtype)
 
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array | None:
-        tiles = [part.rows(block, size) for part in self.parts]
-        if any(tile is None for tile in tiles):
-            return None
-        return jnp.asarray(sum(tile.astype(jnp.float32) for tile in tiles)).astype(self.dtype)  # type: ignore[union-attr]
-
-    @property
-    def row_multiple(self) -> int:
-        return math.lcm(*(part.row_multiple for part in self.parts))
-
     def columns(self, ids: jax.Array) -> "Sum | None":
         parts = [part.columns(ids) for part in self.parts]
         return None if None in parts else self.replace(parts=tuple(parts))
@@ -53,4 +43,15 @@ class Sum(CompressedArray):
         return self.parts[0].logical_spec()
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
-        return {"parts": tuple(part.replace(**part.field_specs(spec)) for part in self.parts)}
+        def refused(axis: int) -> bool:
+            """Whether a part cannot be cut along `axis`; then none may be, since shards of parts must add up."""
+            only = tuple(entry if d == axis else None for d, entry in enumerate(spec))
+            cut = [jax.tree.leaves(part.field_specs(only), is_leaf=_is_spec) for part in self.parts]
+            return not all(any(spec[axis] in field for field in fields) for fields in cut)
+
+        kept = tuple(None if entry is None or refused(axis) else entry for axis, entry in enumerate(spec))
+        return {"parts": tuple(part.replace(**part.field_specs(kept)) for part in self.parts)}
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

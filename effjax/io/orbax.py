@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Sharding
 
 from effjax.arrays.base import PyTree
-from effjax.errors import CheckpointError
+from effjax.errors import CheckpointError, LeafError
 from effjax.io.encoding import decode, encode
 
 
@@ -22,7 +22,7 @@ def save_orbax(directory: str | os.PathLike[str], params: PyTree) -> None:
 
     Raises:
         CheckpointError: the directory exists.
-        LeafError: names that could not be read back.
+        LeafError: names that could not be read back, or an array without elements.
     """
     import orbax.checkpoint as ocp
 
@@ -30,6 +30,9 @@ def save_orbax(directory: str | os.PathLike[str], params: PyTree) -> None:
     if target.exists():
         raise CheckpointError(f"{target.name} exists already: choose another name or remove it")
     named, manifest = encode(params)
+    for name, x in named.items():
+        if 0 in x.shape:
+            raise LeafError(f"{name} has no elements {list(x.shape)}: Orbax stores none such; leave it out of the tree")
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(
             target, args=ocp.args.Composite(arrays=ocp.args.StandardSave(named), manifest=ocp.args.JsonSave(manifest))
