@@ -125,8 +125,8 @@ class RTN(Method):
 
         def error(shrink: jax.Array) -> jax.Array:
             codes, scales, zeros = self._round(groups, low * shrink, high * shrink)
-            middle = centre(self.bits) if zeros is None else zeros
-            return jnp.square(scales * (codes - middle) - groups).sum(-2, keepdims=True)
+            middle = centre(self.bits) if zeros is None else zeros.astype(jnp.float32)
+            return jnp.square(scales * (codes.astype(jnp.float32) - middle) - groups).sum(-2, keepdims=True)
 
         def better(best: tuple[jax.Array, jax.Array], shrink: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             found = error(shrink)

@@ -15,6 +15,7 @@ import effjax as ej
 from effjax import arrays
 from effjax.arrays.hashed import Hashed
 from effjax.lift.calibrate import InputStats
+from effjax.paths import map_with_paths
 
 STACKED = 4
 KEY = 7
@@ -253,7 +254,9 @@ class MethodCase:
         """Statistics for the methods that need them, as `calibrate` would give."""
         if not self.method.needs:
             return None
-        return jax.tree.map(lambda w: statistics(w.shape[-2], w.shape[:-2]), params)
+        return map_with_paths(
+            lambda path, w: statistics(w.shape[-2], w.shape[:-2]) if path.endswith("kernel") else None, params
+        )
 
 
 def _methods(transform: Callable[..., Any], **methods: Any) -> list[MethodCase]:
