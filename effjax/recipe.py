@@ -327,7 +327,7 @@ def _prune(params: PyTree, rules: Sequence[tuple[Any, Any]], stats: PyTree | Non
     """Prunes; n:m patterns become packed leaves, whose dropped bytes are gone, other patterns leave zeros."""
     mask = prune_mask(params, rules, stats=stats, key=key)
     patterns = {path: Pattern.parse(method.pattern) for path, method in assign(params, rules).items()}
-    structured = {path: pattern for path, pattern in patterns.items() if pattern.m is not None}
+    structured = {path: (p.n, p.m) for path, p in patterns.items() if p.n is not None and p.m is not None}
 
     def only(keep: Callable[[str], bool]) -> PyTree:
         return jax.tree.map_with_path(lambda path, m: m if keep(path_str(path)) else None, mask)
@@ -342,7 +342,8 @@ def _prune(params: PyTree, rules: Sequence[tuple[Any, Any]], stats: PyTree | Non
             return w
         in_axes, out_axes = default_axes(path, w.ndim)
         folded = fold(w, in_axes, out_axes), fold(masks[path], in_axes, out_axes)
-        packed = NMSparse.from_dense(*folded, n=structured[path].n, m=structured[path].m)
+        n, m = structured[path]
+        packed = NMSparse.from_dense(*folded, n=n, m=m)
         return unfold(packed, w.shape, in_axes, out_axes)
 
     return map_with_paths(pack, params)

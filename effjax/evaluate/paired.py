@@ -190,10 +190,11 @@ def compare_many(
         per_window = (nll.astype(np.float64) - nll_reference).sum(axis=1)
         counts = mask.sum(axis=1)
         delta = float(per_window.sum() / counts.sum())
+        token_kl = kl[mask].astype(np.float64)
+        kl_mean = float(token_kl.mean())
         low, high = paired_bootstrap(per_window, counts, confidence=confidence, resamples=resamples, seed=seed)
         mean_reference = float(nll_reference.sum() / counts.sum())
         mean = float(nll.astype(np.float64).sum() / counts.sum())
-        token_kl = kl[mask].astype(np.float64)
         results[name] = Comparison(
             nll=mean,
             nll_reference=mean_reference,
@@ -202,10 +203,10 @@ def compare_many(
             delta_high=high,
             perplexity=_exp(mean),
             perplexity_reference=_exp(mean_reference),
-            kl_mean=float(token_kl.mean()),
+            kl_mean=kl_mean,
             kl_q999=float(np.quantile(token_kl, 0.999)),
             same_top1=float(same[mask].mean()),
-            verdict=rule(delta, low, high),
+            verdict=rule(delta, low, high, kl=kl_mean),
             windows=len(windows),
             tokens=int(counts.sum()),
             rule=rule,

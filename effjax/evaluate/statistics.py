@@ -69,7 +69,10 @@ def _expanded_tail(tail: float, windows: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerdictRule:
-    """Which verdict an interval of ΔNLL gets; all bounds in nats per token.
+    """Which verdict a comparison gets, from the interval of ΔNLL and the mean divergence; all bounds in nats per token.
+
+    ΔNLL alone would let a model pass that predicts other things equally badly, so the divergence from the original (the
+    loss to expect on text like the original's own) has to stay within the same bounds.
 
     Attributes:
         margin: the loss that is accepted (non-inferiority margin): 0.02 is 2 % in perplexity.
@@ -77,9 +80,9 @@ class VerdictRule:
         broken: a loss at which the model is called broken: 1 is 2.7 times the perplexity.
 
     Example:
-        >>> VerdictRule()(0.001, -0.004, 0.006)
+        >>> VerdictRule()(0.001, -0.004, 0.006, kl=0.003)
         'indistinguishable'
-        >>> VerdictRule()(0.3, 0.25, 0.35)
+        >>> VerdictRule()(0.3, 0.25, 0.35, kl=0.28)
         'worse'
     """
 
@@ -94,22 +97,23 @@ class VerdictRule:
                 f"broken={self.broken}; choose margin <= slight <= broken"
             )
 
-    def __call__(self, delta: float, low: float, high: float) -> str:
-        """The verdict (one of `VERDICTS`) on a mean difference `delta` with the interval `[low, high]`."""
-        if not math.isfinite(delta) or low >= self.broken:
+    def __call__(self, delta: float, low: float, high: float, *, kl: float) -> str:
+        """The verdict (one of `VERDICTS`) on a difference `delta` with interval `[low, high]` and a mean divergence."""
+        if not (math.isfinite(delta) and math.isfinite(kl)) or max(low, kl) >= self.broken:
             return "broken"
-        if high <= self.margin:
+        if max(high, kl) <= self.margin:
             return "indistinguishable"
-        if high <= self.slight:
+        if max(high, kl) <= self.slight:
             return "slightly worse"
-        return "inconclusive" if low <= 0 else "worse"
+        return "inconclusive" if low <= 0 and kl <= self.slight else "worse"
 
     def __str__(self) -> str:
         return (
-            f"indistinguishable: upper end of the interval of ΔNLL at most {self.margin:g} nats per token "
-            f"(perplexity +{math.expm1(self.margin):.1%}); slightly worse: at most {self.slight:g} "
-            f"(+{math.expm1(self.slight):.1%}); inconclusive: above that, but the interval reaches down to 0 "
-            f"(use more windows); broken: not finite, or lower end at least {self.broken:g}; worse: the rest"
+            f"indistinguishable: upper end of the interval of ΔNLL and mean KL at most {self.margin:g} nats per token "
+            f"(perplexity +{math.expm1(self.margin):.1%}); slightly worse: both at most {self.slight:g} "
+            f"(+{math.expm1(self.slight):.1%}); inconclusive: only the upper end is above that, and the interval "
+            f"reaches down to 0 (use more windows); broken: not finite, or lower end or KL at least {self.broken:g}; "
+            "worse: the rest"
         )
 
 

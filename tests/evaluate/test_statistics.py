@@ -50,23 +50,27 @@ def test_one_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("delta", "low", "high", "verdict"),
+    ("delta", "low", "high", "kl", "verdict"),
     [
-        (0.0, 0.0, 0.0, "indistinguishable"),
-        (-0.3, -0.4, -0.2, "indistinguishable"),
-        (0.01, 0.005, 0.02, "indistinguishable"),
-        (0.01, 0.005, 0.021, "slightly worse"),
-        (0.05, 0.03, 0.1, "slightly worse"),
-        (0.05, -0.1, 0.2, "inconclusive"),
-        (0.3, 0.2, 0.4, "worse"),
-        (1.2, 0.9, 1.5, "worse"),
-        (1.2, 1.0, 1.5, "broken"),
-        (math.nan, math.nan, math.nan, "broken"),
-        (math.inf, math.nan, math.nan, "broken"),
+        (0.0, 0.0, 0.0, 0.0, "indistinguishable"),
+        (-0.3, -0.4, -0.2, 0.01, "indistinguishable"),
+        (0.01, 0.005, 0.02, 0.02, "indistinguishable"),
+        (0.01, 0.005, 0.021, 0.01, "slightly worse"),
+        (0.0, -0.01, 0.01, 0.03, "slightly worse"),
+        (0.05, 0.03, 0.1, 0.1, "slightly worse"),
+        (0.05, -0.1, 0.2, 0.05, "inconclusive"),
+        (0.05, -0.1, 0.2, 0.3, "worse"),
+        (0.3, 0.2, 0.4, 0.3, "worse"),
+        (0.9, 0.9, 0.95, 0.9, "worse"),
+        (1.2, 1.0, 1.5, 0.9, "broken"),
+        (0.0, -0.1, 0.1, 1.0, "broken"),
+        (math.nan, math.nan, math.nan, 0.0, "broken"),
+        (math.inf, math.nan, math.nan, 0.0, "broken"),
+        (0.0, 0.0, 0.0, math.nan, "broken"),
     ],
 )
-def test_verdict(delta: float, low: float, high: float, verdict: str) -> None:
-    assert VerdictRule()(delta, low, high) == verdict
+def test_verdict(delta: float, low: float, high: float, kl: float, verdict: str) -> None:
+    assert VerdictRule()(delta, low, high, kl=kl) == verdict
 
 
 def test_rule_states_its_numbers_and_refuses_disorder() -> None:
