@@ -32,6 +32,12 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return jaxpr, getattr(jaxpr, "consts", ())
 
 
+def result_aval(avals: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any:
+    """The abstract result of an operation on `avals`; in `shard_map` it varies over all axes that they do."""
+    varying = frozenset().union(*(aval.mat.varying for aval in avals))
+    return core.ShapedArray(shape, dtype, manual_axis_type=core.ManualAxisType(varying=varying))
+
+
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, core.Literal)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -57,16 +58,21 @@ class CompressedArray:
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         """For each data field, the `PartitionSpec` that follows the dense one (`spec`, an entry a dimension)."""
 
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array | None:
-        """Dense rows `[block * size, (block + 1) * size)` of a `[in, out]` array; None where no tile can be cut out.
+    def tiles(self, size: int) -> tuple[PyTree, Callable[[PyTree], jax.Array]] | None:
+        """Cuts a `[in, out]` array into tiles of `size` consecutive rows, each dequantised on its own.
 
-        `size` is a multiple of `row_multiple` that divides `in`.
+        Args:
+            size: a multiple of `row_multiple` that divides `in`.
+
+        Returns:
+            The stored parts of all tiles, every array with a leading axis of `in / size`, and a function that makes the
+            dense `[size, out]` of one slice of them; None where rows cannot be cut apart.
         """
         return None
 
     @property
     def row_multiple(self) -> int:
-        """The smallest number of rows that `rows` can cut out."""
+        """The smallest number of rows that a tile can have."""
         return self.shape[-2]
 
     def columns(self, ids: jax.Array) -> "CompressedArray | None":
@@ -157,9 +163,9 @@ def nbytes(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def block_of(x: jax.Array, block: jax.Array | int, size: int, axis: int = -2) -> jax.Array:
-    """Entries `[block * size, (block + 1) * size)` along `axis`."""
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.mul(jnp.int32(block), jnp.int32(size)), size, axis=axis)
+def cut_rows(x: jax.Array, tiles: int) -> jax.Array:
+    """`[rows, out]` as `[tiles, rows / tiles, out]`."""
+    return jax.lax.reshape(x, (tiles, x.shape[0] // tiles, *x.shape[1:]))
 
 
 def dense_struct(x: Any) -> Any:

@@ -1,6 +1,7 @@
 """Weights that are indices into small tables of values: non-uniform quantization, NF4, lookup-table sketches."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, block_of, register, static
+from effjax.arrays.base import CompressedArray, Spec, cut_rows, register, static
 from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.errors import LeafError
 
@@ -76,16 +77,21 @@ class Codebook(CompressedArray):
     def materialize(self) -> jax.Array:
         return _look_up(unpack(self.codes, self.bits, self.shape[-2]), self.tables, self.scales, self.dtype)
 
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
-        codes = block_of(self.codes, block, packed_size(size, self.bits))
-        n = self.shape[-2]
+    def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
+        count = self.shape[-2] // size
+        grouped_tables = self.tables.shape[-3] > 1
+        grouped_scales = self.scales is not None and self.scales.shape[-2] > 1
+        parts = {"codes": cut_rows(self.codes, count)}
+        if grouped_tables:
+            parts["tables"] = cut_rows(self.tables, count)
+        if grouped_scales:
+            parts["scales"] = cut_rows(self.scales, count)
 
-        def groups(x: jax.Array | None, axis: int) -> jax.Array | None:
-            if x is None or x.shape[axis] == 1:
-                return x
-            return block_of(x, block, size // (n // x.shape[axis]), axis)
+        def dense(tile: dict[str, jax.Array]) -> jax.Array:
+            tables, scales = tile.get("tables", self.tables), tile.get("scales", self.scales)
+            return _look_up(unpack(tile["codes"], self.bits, size), tables, scales, self.dtype)
 
-        return _look_up(unpack(codes, self.bits, size), groups(self.tables, -3), groups(self.scales, -2), self.dtype)
+        return parts, dense
 
     @property
     def row_multiple(self) -> int:

@@ -1,5 +1,6 @@
 """Weights shared through a hash: every entry of the matrix reads one slot of a small table, with a hashed sign."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,8 +68,9 @@ class Hashed(CompressedArray):
             dense = jax.vmap(dense)
         return dense(self.table, self.seed)
 
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
-        return self._read(self.table, self.seed, block * size + jnp.arange(size))
+    def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
+        rows = jnp.arange(self.in_features).reshape(-1, size)
+        return rows, lambda tile: self._read(self.table, self.seed, tile)
 
     @property
     def row_multiple(self) -> int:

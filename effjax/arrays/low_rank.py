@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from effjax.arrays.base import CompressedArray, Spec, block_of, full_spec, register, static
+from effjax.arrays.base import CompressedArray, Spec, full_spec, register, static
 
 
 @register
@@ -36,13 +36,6 @@ class LowRank(CompressedArray):
     def materialize(self) -> jax.Array:
         product = jnp.matmul(self.a, self.b, preferred_element_type=jnp.float32)
         return product.astype(self.dtype)
-
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
-        return jnp.matmul(block_of(self.a, block, size), self.b, preferred_element_type=jnp.float32).astype(self.dtype)
-
-    @property
-    def row_multiple(self) -> int:
-        return 1
 
     def columns(self, ids: jax.Array) -> "LowRank":
         return self.replace(b=jnp.take(self.b, ids, axis=-1))

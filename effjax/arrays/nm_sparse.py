@@ -1,5 +1,6 @@
 """n:m sparse weights: of every m consecutive inputs only n values are stored, with their packed positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, block_of, register, static
-from effjax.arrays.packing import pack, packed_size, unpack
+from effjax.arrays.base import CompressedArray, Spec, cut_rows, register, static
+from effjax.arrays.packing import pack, unpack
 from effjax.errors import LeafError
 
 
@@ -65,11 +66,14 @@ class NMSparse(CompressedArray):
     def materialize(self) -> jax.Array:
         return self._scatter(self.values, unpack(self.indices, self.index_bits, self.values.shape[-2]))
 
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
-        kept = size // self.m * self.n
-        values = block_of(self.values, block, kept)
-        indices = block_of(self.indices, block, packed_size(kept, self.index_bits))
-        return self._scatter(values, unpack(indices, self.index_bits, kept))
+    def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
+        count, kept = self.shape[-2] // size, size // self.m * self.n
+
+        def dense(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+            values, indices = tile
+            return self._scatter(values, unpack(indices, self.index_bits, kept))
+
+        return (cut_rows(self.values, count), cut_rows(self.indices, count)), dense
 
     @property
     def row_multiple(self) -> int:

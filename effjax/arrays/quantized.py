@@ -1,6 +1,7 @@
 """Uniformly quantized weights: packed integer codes, a scale and optionally a zero point per group of inputs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, block_of, register, static
+from effjax.arrays.base import CompressedArray, Spec, cut_rows, register, static
 from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.errors import LeafError
 
@@ -94,13 +95,21 @@ class Quantized(CompressedArray):
     def materialize(self) -> jax.Array:
         return _dequantize(unpack(self.codes, self.bits, self.shape[-2]), self.scales, self.zero_points(), self.dtype)
 
-    def rows(self, block: jax.Array | int, size: int) -> jax.Array:
-        def groups(x: Any) -> Any:
-            count = self.scales.shape[-2]
-            return block_of(x, block, size // (self.shape[-2] // count)) if hasattr(x, "shape") and count > 1 else x
+    def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
+        count = self.shape[-2] // size
+        zeros = self.zero_points()
+        codes = cut_rows(self.codes, count)
+        if self.scales.shape[-2] == 1:
+            return codes, lambda tile: _dequantize(unpack(tile, self.bits, size), self.scales, zeros, self.dtype)
 
-        codes = unpack(block_of(self.codes, block, packed_size(size, self.bits)), self.bits, size)
-        return _dequantize(codes, groups(self.scales), groups(self.zero_points()), self.dtype)
+        def dense(tile: tuple[jax.Array, jax.Array, jax.Array | float]) -> jax.Array:
+            codes, scales, zeros = tile
+            return _dequantize(unpack(codes, self.bits, size), scales, zeros, self.dtype)
+
+        scales = cut_rows(self.scales, count)
+        if isinstance(zeros, float):
+            return (codes, scales), lambda tile: dense((*tile, zeros))
+        return (codes, scales, cut_rows(zeros, count)), dense
 
     @property
     def row_multiple(self) -> int:

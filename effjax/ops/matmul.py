@@ -1,5 +1,6 @@
 """`x @ W` and `x @ W.T` for a compressed matrix, differentiable, with the compressed leaf as the only residual."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
-from effjax.arrays.base import CompressedArray, block_of
+from effjax.arrays.base import CompressedArray
 from effjax.arrays.low_rank import LowRank
 from effjax.arrays.sum import Sum
+from effjax.ops.platform import platform_operation
 
 Implementation = Literal["reference", "blocked"]
 BLOCK_WEIGHTS = 2**15  # weights of a dense tile: 128 KiB in float32, well inside the second-level cache
@@ -80,12 +82,8 @@ def _matmul(
     elif rows is None or jax.device_count() > 1:
         product = _reference(x, w, transpose=transpose, precision=precision)
     else:
-        product = jax.lax.platform_dependent(
-            x,
-            w,
-            cpu=partial(_blocked, rows=rows, transpose=transpose, precision=precision),
-            default=partial(_reference, transpose=transpose, precision=precision),
-        )
+        fields, treedef = jax.tree.flatten(w)
+        product = _tiled(x, *fields, treedef=treedef, rows=rows, transpose=transpose, precision=precision)
     return product.astype(out_dtype)
 
 
@@ -140,23 +138,51 @@ def _reference(x: jax.Array, w: CompressedArray, *, transpose: bool, precision: 
 
 def _blocked(x: jax.Array, w: CompressedArray, *, rows: int, transpose: bool, precision: Any) -> jax.Array:
     """One tile of `rows` inputs after the other; the tile is the only dense weight alive."""
-    n = w.shape[-2]
+    tiles = w.tiles(rows)
+    assert tiles is not None  # block_rows has asked
+    parts, dense = tiles
+    n, out = w.shape
+    count, dtype = n // rows, _accumulator(x, w)
 
-    def tile(block: jax.Array) -> jax.Array:
-        dense = w.rows(block, rows)
-        assert dense is not None  # block_rows has asked
-        return dense
+    def tile(index: jax.Array) -> jax.Array:
+        return dense(jax.tree.map(lambda part: _at(part, index), parts))
 
     if transpose:
-        blocks = jax.lax.map(lambda i: _contract(x, tile(i), 1, precision), jnp.arange(n // rows))
+
+        def write(index: jax.Array, blocks: jax.Array) -> jax.Array:
+            block = _contract(x, tile(index), 1, precision)
+            return jax.lax.dynamic_update_index_in_dim(blocks, block, index, axis=0)
+
+        blocks = _loop(count, write, jax.lax.full((count, *x.shape[:-1], rows), 0, dtype))
         return jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], n)
 
-    def add(total: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
-        part = block_of(x, block, rows, axis=-1)
-        return total + _contract(part, tile(block), 0, precision), None
+    inputs = jnp.moveaxis(x.reshape(*x.shape[:-1], count, rows), -2, 0)
 
-    start = jnp.zeros((*x.shape[:-1], w.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, start, jnp.arange(n // rows))[0]
+    def add(index: jax.Array, total: jax.Array) -> jax.Array:
+        return total + _contract(_at(inputs, index), tile(index), 0, precision)
+
+    return _loop(count, add, jax.lax.full((*x.shape[:-1], out), 0, dtype))
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Entry `index` of the leading axis."""
+    starts = (index, *(0 for _ in x.shape[1:]))
+    entry = jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:]), allow_negative_indices=False)
+    return jax.lax.squeeze(entry, (0,))
+
+
+def _loop(count: int, step: Callable[[jax.Array, jax.Array], jax.Array], start: jax.Array) -> jax.Array:
+    """`step(index, value)` for all indices: `fori_loop` as the while loop that it is, which lowers in half the time."""
+
+    def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index, value = state
+        return index + 1, step(index, value)
+
+    return jax.lax.while_loop(lambda state: jax.lax.lt(state[0], jnp.int32(count)), body, (jnp.int32(0), start))[1]
+
+
+def _accumulator(x: Any, w: Any) -> Any:
+    return jnp.promote_types(jnp.promote_types(x.dtype, w.dtype), jnp.float32)
 
 
 def _contract(x: jax.Array, dense: jax.Array, axis: int, precision: Any) -> jax.Array:
@@ -170,6 +196,28 @@ def _contract(x: jax.Array, dense: jax.Array, axis: int, precision: Any) -> jax.
         precision=precision,
         preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
+
+
+def _tiled_shape(x: Any, *fields: Any, treedef: Any, transpose: bool, **_: Any) -> tuple[tuple[int, ...], Any]:
+    w = treedef.unflatten(fields)
+    return (*x.shape[:-1], w.shape[-2 if transpose else -1]), _accumulator(x, w)
+
+
+def _tiled_on_cpu(x: jax.Array, *fields: jax.Array, treedef: Any, **static: Any) -> jax.Array:
+    return _blocked(x, treedef.unflatten(fields), **static)
+
+
+def _tiled_elsewhere(x: jax.Array, *fields: jax.Array, treedef: Any, rows: int, **static: Any) -> jax.Array:
+    return _reference(x, treedef.unflatten(fields), **static)
+
+
+_tiled = platform_operation(
+    "compressed_matmul",
+    _tiled_shape,
+    default=_tiled_elsewhere,
+    platforms={"cpu": _tiled_on_cpu},
+    static_argnames=("treedef", "rows", "transpose", "precision"),
+)
 
 
 def block_rows(w: CompressedArray) -> int | None:

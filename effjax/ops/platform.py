@@ -1,0 +1,79 @@
+"""Operations whose implementation is chosen when the program is lowered, by the platform it is lowered for.
+
+`jax.lax.platform_dependent` does the same by tracing every implementation at every call; here only the one that is
+lowered is ever traced, once a shape, which keeps the trace of a large model short.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from effjax import _compat
+
+Implementation = Callable[..., jax.Array]
+
+
+def platform_operation(
+    name: str,
+    shape: Callable[..., tuple[tuple[int, ...], Any]],
+    default: Implementation,
+    platforms: Mapping[str, Implementation],
+    static_argnames: tuple[str, ...],
+) -> Callable[..., jax.Array]:
+    """An operation of arrays with hashable keyword parameters.
+
+    Args:
+        name: of the primitive, as it appears in a jaxpr.
+        shape: `shape(*structs, **static) -> (shape, dtype)` of the result.
+        default: the implementation for platforms not listed, `default(*arrays, **static)`.
+        platforms: implementations for "cpu", "tpu", "cuda", "rocm".
+        static_argnames: the keyword parameters.
+
+    Returns:
+        `operation(*arrays, **static)`; it can be jitted and vmapped but not differentiated: wrap it in a `custom_vjp`.
+    """
+    primitive = Primitive(name)
+
+    def batched(implementation: Implementation) -> Implementation:
+        compiled = jax.jit(implementation, static_argnames=static_argnames)  # one trace a shape, not one a lowering
+
+        def run(*arrays: jax.Array, mapped: tuple[tuple[bool, ...], ...], **static: Any) -> jax.Array:
+            def call(*slices: jax.Array) -> jax.Array:
+                return compiled(*slices, **static)
+
+            for flags in reversed(mapped):
+                call = jax.vmap(call, in_axes=tuple(0 if flag else None for flag in flags))
+            return call(*arrays)
+
+        return run
+
+    def abstract(*avals: Any, mapped: tuple[tuple[bool, ...], ...], **static: Any) -> Any:
+        shapes = [tuple(aval.shape) for aval in avals]
+        lead = []
+        for flags in mapped:
+            lead.append(next(s[0] for s, flag in zip(shapes, flags, strict=True) if flag))
+            shapes = [s[1:] if flag else s for s, flag in zip(shapes, flags, strict=True)]
+        structs = [jax.ShapeDtypeStruct(s, aval.dtype) for s, aval in zip(shapes, avals, strict=True)]
+        inner, dtype = shape(*structs, **static)
+        return _compat.result_aval(avals, (*lead, *inner), dtype)
+
+    def batch(args: Any, dims: Any, *, mapped: tuple[tuple[bool, ...], ...], **static: Any) -> Any:
+        flags = tuple(dim is not None for dim in dims)
+        front = [a if dim is None else jax.numpy.moveaxis(a, dim, 0) for a, dim in zip(args, dims, strict=True)]
+        return primitive.bind(*front, mapped=(flags, *mapped), **static), 0
+
+    primitive.def_abstract_eval(abstract)
+    primitive.def_impl(batched(default))
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(batched(default), multiple_results=False))
+    for platform, implementation in platforms.items():
+        lowering = mlir.lower_fun(batched(implementation), multiple_results=False)
+        mlir.register_lowering(primitive, lowering, platform=platform)
+
+    def operation(*arrays: jax.Array, **static: Any) -> jax.Array:
+        return primitive.bind(*arrays, mapped=(), **static)
+
+    return operation
