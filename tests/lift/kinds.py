@@ -28,7 +28,9 @@ KINDS = {
     "nm_sparse": _nm_sparse,
     "low_rank": _low_rank,
     "hashed": lambda w: ej.sketch.Hashed(ratio=4).compress(w, key=jax.random.key(7)),
-    "sum": lambda w: Sum(parts=(ej.quantize.RTN(bits=3, group_size=8).quantize(w), _low_rank(w, rank=2))),
+    "sum": lambda w: Sum(
+        parts=(ej.quantize.RTN(bits=4, group_size=8, symmetric=True).quantize(w), _low_rank(w, rank=2))
+    ),
 }
 
 
