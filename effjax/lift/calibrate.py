@@ -7,19 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from effjax.arrays.base import PyTree, is_compressed
 from effjax.errors import CalibrationError
 from effjax.lift.control_flow import control_flow_rules
 from effjax.lift.coverage import Policy
-from effjax.lift.dot import Contraction
+from effjax.lift.dot import Contraction, canonical_input
 from effjax.lift.interpreter import Interpreter
 from effjax.lift.layout import Layout
 from effjax.lift.lifting import interpret
 from effjax.lift.operand import Operand, Probe
-from effjax.lift.rules import structural_rules
-from effjax.paths import Where, leaves_with_paths, map_with_paths, matches
+from effjax.lift.rules import explicit_axes, structural_rules
+from effjax.paths import Where, leaves_with_paths, map_with_paths, matches, path_str
 from effjax.rules import is_dense_matrix
 
 NEEDS = ("second_moment", "abs_mean", "norm")
@@ -144,8 +145,29 @@ def calibrate(
 
 
 def add_stats(a: PyTree, b: PyTree) -> PyTree:
-    """Adds two trees of statistics, of other batches or other hosts."""
-    return jax.tree.map(lambda x, y: x + y, a, b, is_leaf=lambda x: isinstance(x, InputStats))
+    """Adds two trees of statistics, of other batches or other hosts.
+
+    Raises:
+        CalibrationError: they are of other leaves, of other needs, or of other axes.
+    """
+    others = {path: leaf for path, leaf in _leaves(b) if leaf is not None}
+    unequal = {path for path, leaf in _leaves(a) if leaf is not None} ^ set(others)
+    if unequal:
+        raise CalibrationError(f"only one of the two has statistics of {min(unequal)!r}: calibrate both alike")
+
+    def add(path: Any, x: InputStats | None) -> InputStats | None:
+        return None if x is None else x + others[path_str(path)]
+
+    return jax.tree_util.tree_map_with_path(add, a, is_leaf=_is_stats)
+
+
+def _leaves(stats: PyTree) -> list[tuple[str, Any]]:
+    flat = jax.tree_util.tree_leaves_with_path(stats, is_leaf=_is_stats)
+    return [(path_str(path), leaf) for path, leaf in flat]
+
+
+def _is_stats(x: Any) -> bool:
+    return x is None or isinstance(x, InputStats)
 
 
 @jax.jit
@@ -183,7 +205,7 @@ def _record(
     interp: Interpreter,
     w: Operand,
     c: Contraction,
-    inputs: Callable[[], jax.Array],
+    x: jax.Array,
 ) -> None:
     if w.path not in watched:
         return
@@ -197,27 +219,31 @@ def _record(
             return
         stacked = list(range(ndim - 2))
         in_axes, out_axes = (-2,), (-1,)
-    x = inputs().astype(jnp.float32)
     shared = [axis for axis in stacked if axis not in c.batch]
     batch = len(stacked) - len(shared)
-    lead = x.shape[:batch]
-    rows = x.reshape(*lead, -1, x.shape[-1])
 
-    def spread(total: jax.Array | None) -> jax.Array | None:
+    def spread(total: jax.Array) -> jax.Array:
         """Experts that share one input have the same statistics each."""
-        if total is None or not shared:
+        if not shared:
             return total
         sizes = [w.array.shape[axis] for axis in stacked]
         kept = [w.array.shape[axis] if axis in c.batch else 1 for axis in stacked]
         tail = total.shape[batch:]
         return jnp.broadcast_to(total.reshape(*kept, *tail), (*sizes, *tail))
 
-    statistics = InputStats(
-        count=spread(jnp.full(lead, rows.shape[-2], jnp.float32)),  # type: ignore[arg-type]
-        outer_sum=spread(jnp.matmul(rows.mT, rows, precision="highest")) if "second_moment" in needs else None,
-        abs_sum=spread(jnp.abs(rows).sum(-2)) if "abs_mean" in needs else None,
-        square_sum=spread(jnp.square(rows).sum(-2)) if "norm" in needs else None,
-        in_axes=in_axes,
-        out_axes=out_axes,
-    )
-    interp.tap(w.path, statistics)
+    def sums(x: jax.Array) -> dict[str, jax.Array]:
+        x = canonical_input(x, w.layout, c).astype(jnp.float32)
+        lead = x.shape[:batch]
+        rows = x.reshape(*lead, -1, x.shape[-1])
+        found = {"count": jnp.full(lead, rows.shape[-2], jnp.float32)}
+        if "second_moment" in needs:
+            found["outer_sum"] = jnp.matmul(rows.mT, rows, precision="highest")
+        if "abs_mean" in needs:
+            found["abs_sum"] = jnp.abs(rows).sum(-2)
+        if "norm" in needs:
+            found["square_sum"] = jnp.square(rows).sum(-2)
+        return jax.tree.map(spread, found)
+
+    if explicit_axes():
+        sums = jax.sharding.auto_axes(sums, out_sharding=PartitionSpec())
+    interp.tap(w.path, InputStats(**sums(x), in_axes=in_axes, out_axes=out_axes))

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from effjax import _compat
 from effjax.arrays.base import CompressedArray, full_spec
 from effjax.arrays.sharding import partition_specs
-from effjax.lift.dot import canonical_input, contraction, dot
+from effjax.lift.dot import contraction, dot
 from effjax.lift.interpreter import Interpreter, Rule
 from effjax.lift.layout import Layout
 from effjax.lift.operand import Operand, Probe, is_operand
@@ -28,7 +28,7 @@ def dot_general(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] |
     if c is None:
         return None
     if interp.record is not None:
-        interp.record(interp, w, c, lambda: canonical_input(x, w.layout, c))
+        interp.record(interp, w, c, x)
     if isinstance(w.array, Probe):
         return None
     out = eqn.outvars[0].aval
@@ -36,7 +36,7 @@ def dot_general(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] |
     def multiply(array: CompressedArray, x: jax.Array) -> jax.Array | None:
         return dot(Operand(array, w.layout, w.path), x, c, precision=eqn.params["precision"], out_dtype=out.dtype)
 
-    if _explicit_axes():
+    if explicit_axes():
         # Sharding types would have to be followed through unpacking and grouping; inside, the compiler does it.
         multiply = jax.sharding.auto_axes(multiply, out_sharding=out.sharding)
     product = multiply(w.array, x)
@@ -46,7 +46,8 @@ def dot_general(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] |
     return [product]
 
 
-def _explicit_axes() -> bool:
+def explicit_axes() -> bool:
+    """Whether shardings are part of types here."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types
 
