@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jax._src import core, source_info_util
+from jax.sharding import PartitionSpec
 
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
@@ -34,8 +35,23 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def result_aval(avals: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any:
     """The abstract result of an operation on `avals`; in `shard_map` it varies over all axes that they do."""
-    varying = frozenset().union(*(aval.mat.varying for aval in avals))
-    return core.ShapedArray(shape, dtype, manual_axis_type=core.ManualAxisType(varying=varying))
+    varying = varying_axes(avals)
+    sharding = core.get_cur_mesh_sharding(PartitionSpec(*(None,) * len(shape)))
+    return core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=core.ManualAxisType(varying=varying))
+
+
+def varying_axes(arrays: Sequence[Any]) -> frozenset[str]:
+    """The manual mesh axes of `shard_map` over which any of the arrays (or abstract values) varies."""
+    avals = (x if isinstance(x, core.AbstractValue) else core.typeof(x) for x in arrays)
+    return frozenset().union(*(aval.mat.varying for aval in avals))
+
+
+def on_one_device(ctx: Any) -> bool:
+    """Whether what is being lowered runs on one device: a program for one, or a fully manual body of `shard_map`."""
+    axes = ctx.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return axes.num_devices == 1
+    return frozenset(axes.mesh.axis_names) == frozenset(axes.manual_axes)
 
 
 def is_literal(atom: Any) -> bool:

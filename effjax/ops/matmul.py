@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
+from effjax import _compat
 from effjax.arrays.base import CompressedArray
 from effjax.arrays.low_rank import LowRank
 from effjax.arrays.sum import Sum
@@ -78,8 +79,7 @@ def _matmul(
         if rows is None:
             raise ValueError(f"{w} cannot be cut into tiles of whole groups and bytes; use implementation='reference'")
         product = _blocked(x, w, rows=rows, transpose=transpose, precision=precision)
-    # A tile loop would slice a matrix whose rows are spread over devices, so it is kept for a single one.
-    elif rows is None or jax.device_count() > 1:
+    elif rows is None:
         product = _reference(x, w, transpose=transpose, precision=precision)
     else:
         fields, treedef = jax.tree.flatten(w)
@@ -144,6 +144,11 @@ def _blocked(x: jax.Array, w: CompressedArray, *, rows: int, transpose: bool, pr
     n, out = w.shape
     count, dtype = n // rows, _accumulator(x, w)
 
+    def zeros(*shape: int) -> jax.Array:
+        start = jax.lax.full(shape, 0, dtype)
+        axes = _compat.varying_axes(jax.tree.leaves((x, w)))  # a loop's state varies from the start as at the end
+        return jax.lax.pcast(start, tuple(axes), to="varying") if axes else start
+
     def tile(index: jax.Array) -> jax.Array:
         return dense(jax.tree.map(lambda part: _at(part, index), parts))
 
@@ -153,7 +158,7 @@ def _blocked(x: jax.Array, w: CompressedArray, *, rows: int, transpose: bool, pr
             block = _contract(x, tile(index), 1, precision)
             return jax.lax.dynamic_update_index_in_dim(blocks, block, index, axis=0)
 
-        blocks = _loop(count, write, jax.lax.full((count, *x.shape[:-1], rows), 0, dtype))
+        blocks = _loop(count, write, zeros(count, *x.shape[:-1], rows))
         return jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], n)
 
     inputs = jnp.moveaxis(x.reshape(*x.shape[:-1], count, rows), -2, 0)
@@ -161,7 +166,7 @@ def _blocked(x: jax.Array, w: CompressedArray, *, rows: int, transpose: bool, pr
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
         return total + _contract(_at(inputs, index), tile(index), 0, precision)
 
-    return _loop(count, add, jax.lax.full((*x.shape[:-1], out), 0, dtype))
+    return _loop(count, add, zeros(*x.shape[:-1], out))
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -215,7 +220,7 @@ _tiled = platform_operation(
     "compressed_matmul",
     _tiled_shape,
     default=_tiled_elsewhere,
-    platforms={"cpu": _tiled_on_cpu},
+    one_device={"cpu": _tiled_on_cpu},
     static_argnames=("treedef", "rows", "transpose", "precision"),
 )
 

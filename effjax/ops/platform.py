@@ -1,4 +1,4 @@
-"""Operations whose implementation is chosen when the program is lowered, by the platform it is lowered for.
+"""Operations whose implementation is chosen when the program is lowered, by platform and number of devices.
 
 `jax.lax.platform_dependent` does the same by tracing every implementation at every call; here only the one that is
 lowered is ever traced, once a shape, which keeps the trace of a large model short.
@@ -20,7 +20,7 @@ def platform_operation(
     name: str,
     shape: Callable[..., tuple[tuple[int, ...], Any]],
     default: Implementation,
-    platforms: Mapping[str, Implementation],
+    one_device: Mapping[str, Implementation],
     static_argnames: tuple[str, ...],
 ) -> Callable[..., jax.Array]:
     """An operation of arrays with hashable keyword parameters.
@@ -28,8 +28,9 @@ def platform_operation(
     Args:
         name: of the primitive, as it appears in a jaxpr.
         shape: `shape(*structs, **static) -> (shape, dtype)` of the result.
-        default: the implementation for platforms not listed, `default(*arrays, **static)`.
-        platforms: implementations for "cpu", "tpu", "cuda", "rocm".
+        default: the implementation that the compiler can partition, `default(*arrays, **static)`.
+        one_device: implementations for a platform ("cpu", "tpu", "cuda", "rocm") where the program runs on one device;
+            what they slice may be spread over devices otherwise.
         static_argnames: the keyword parameters.
 
     Returns:
@@ -68,9 +69,14 @@ def platform_operation(
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(batched(default))
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(batched(default), multiple_results=False))
-    for platform, implementation in platforms.items():
-        lowering = mlir.lower_fun(batched(implementation), multiple_results=False)
+    partitioned = mlir.lower_fun(batched(default), multiple_results=False)
+    mlir.register_lowering(primitive, partitioned)
+    for platform, implementation in one_device.items():
+        single = mlir.lower_fun(batched(implementation), multiple_results=False)
+
+        def lowering(ctx: Any, *args: Any, single: Any = single, **params: Any) -> Any:
+            return (single if _compat.on_one_device(ctx) else partitioned)(ctx, *args, **params)
+
         mlir.register_lowering(primitive, lowering, platform=platform)
 
     def operation(*arrays: jax.Array, **static: Any) -> jax.Array:
