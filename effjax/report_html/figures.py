@@ -44,13 +44,14 @@ def quality(variants: Sequence[Variant], rule: Mapping[str, float], confidence: 
     for start, stop, verdict, label in (
         (left, margin, "indistinguishable", "within the margin"),
         (margin, slight, "slightly worse", "slight"),
-        (slight, right, "worse", "worse"),
+        (slight, min(broken, right), "worse", "worse"),
+        (broken, right, "broken", "broken"),
     ):
-        axes.axvspan(start, min(stop, right), color=VERDICT_COLOURS[verdict], alpha=0.07, linewidth=0)
-        middle = _symlog_middle(start, min(stop, right), margin)
-        axes.text(middle, -0.75, label, ha="center", va="center", fontsize=8.5, color=VERDICT_COLOURS[verdict])
-    if broken < right:
-        axes.axvline(broken, color=VERDICT_COLOURS["broken"], linewidth=0.8, linestyle=(0, (4, 3)))
+        if start < stop:
+            colour = VERDICT_COLOURS[verdict]
+            axes.axvspan(start, stop, color=colour, alpha=0.07, linewidth=0)
+            middle = _symlog_middle(max(start, 0), stop, margin)
+            axes.text(middle, -0.75, label, ha="center", va="center", fontsize=8.5, color=colour)
     axes.axvline(0, color=_MUTED, linewidth=1)
     for row, variant in enumerate(rows):
         comparison = variant["comparison"]
