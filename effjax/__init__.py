@@ -1,7 +1,8 @@
 """effjax: smaller and faster neural networks with pure functions over parameter pytrees."""
 
-from effjax import arrays, io, ops, prune, quantize, sketch
+from effjax import arrays, io, kv, ops, prune, quantize, sketch
 from effjax.arrays import is_compressed, materialize, nbytes, partition_specs
+from effjax.kv import kv_evict
 from effjax.lift import add_stats, calibrate, lift
 from effjax.prune import apply_mask, pack_mask, prune_mask
 from effjax.quantize import quantize_params
@@ -16,6 +17,8 @@ __all__ = [
     "combine",
     "io",
     "is_compressed",
+    "kv",
+    "kv_evict",
     "lift",
     "materialize",
     "nbytes",
