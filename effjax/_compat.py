@@ -27,10 +27,8 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """A closed or open jaxpr as `(jaxpr, consts)`."""
-    if isinstance(jaxpr, core.ClosedJaxpr) and core.ClosedJaxpr is not core.Jaxpr:
-        return jaxpr.jaxpr, jaxpr.consts
-    return jaxpr, getattr(jaxpr, "consts", ())
+    """A closed or open jaxpr as `(jaxpr, consts)`; up to jax 0.11 only a closed one has `consts`."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
 def result_aval(avals: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any:
