@@ -153,28 +153,24 @@ def write_report(directory: Path, found: Any) -> None:
 
 
 def show(found: Any) -> None:
-    """Prints the comparison, and the samples."""
+    """Prints the comparison, and the samples; on a narrow terminal with fewer digits and without the divergence."""
     from effjax.report_html.page import size
 
     console = out()
+    wide = console.width >= 106
     judged = any(v.comparison for v in found.variants)
     rows = []
     for v in found.variants:
         row = [v.name, size(v.nbytes), f"{v.ratio:.2f}x"]
         if judged:
-            c = v.comparison
-            row += [f"{v.perplexity:.3f}"]
-            row += (
-                [f"{c.delta_nll:+.4f}", c.interval, f"{c.kl_mean:.4f}", f"{c.same_top1:.1%}", _styled(c.verdict)]
-                if c
-                else ["", "", "", "", "original"]
-            )
+            row += [f"{v.perplexity:.3f}" if wide else f"{v.perplexity:.5g}", *_judgement(v.comparison, wide)]
         rows.append(row)
     columns = ["model", "size", "ratio"]
     if judged:
-        columns += ["perplexity", "ΔNLL", "95% interval", "KL", "same top-1", "verdict"]
+        columns += ["perplexity", "ΔNLL", "95% interval", "KL", "same top-1", "verdict"] if wide else []
+        columns += [] if wide else ["ppl", "ΔNLL", "95% interval", "top-1", "verdict"]
     console.print()
-    console.print(table(columns, rows))
+    console.print(table(columns, rows, gap=2 if wide else 1))
     if judged:
         console.print(f"\n[dim]Verdict: {found.rule}.[/dim]")
     for v in found.variants:
@@ -184,8 +180,13 @@ def show(found: Any) -> None:
             console.print(text, markup=False, soft_wrap=False)
 
 
-def _styled(verdict: str) -> str:
-    return f"[{VERDICT_STYLES[verdict]}]{verdict}[/]"
+def _judgement(comparison: Any, wide: bool) -> list[str]:
+    if comparison is None:
+        return ["", "", "", "", "original"] if wide else ["", "", "", "original"]
+    c, verdict = comparison, f"[{VERDICT_STYLES[comparison.verdict]}]{comparison.verdict}[/]"
+    if wide:
+        return [f"{c.delta_nll:+.4f}", c.interval, f"{c.kl_mean:.4f}", f"{c.same_top1:.1%}", verdict]
+    return [f"{c.delta_nll:+.3f}", f"[{c.delta_low:+.3f},{c.delta_high:+.3f}]", f"{c.same_top1:.0%}", verdict]
 
 
 def slug(name: str) -> str:

@@ -41,9 +41,13 @@ def complain(error: BaseException | str) -> None:
     say(f"effjax: error: {' '.join(text.splitlines()) if len(text.splitlines()) < 3 else text}")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1, title: str | None = None) -> Table:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1, title: str | None = None, gap: int = 2
+) -> Table:
     """A table whose first `left` columns are text and the others numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, gap, 0, 0), pad_edge=False
+    )
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right", no_wrap=True, header_style="bold dim")
     for row in rows:

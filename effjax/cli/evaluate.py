@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from effjax.cli.console import out, progress
+from effjax.cli.console import progress
 from effjax.cli.inputs import Judging, ModelName, OptionalModel, Switch, open_model, open_original, to_json
 
 
@@ -61,7 +61,7 @@ class Evaluate:
         if self.json:
             print(to_json(result.to_dict()), end="")
         else:
-            out().print(str(result), markup=False)
+            print(result)
         return 0 if self.require is None or at_most(result.verdict, self.require) else 1
 
 

@@ -156,3 +156,44 @@ def test_main_is_the_console_entry() -> None:
     from importlib.metadata import EntryPoint
 
     assert EntryPoint("effjax", "effjax.cli:main", "console_scripts").load() is main
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_is_never_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    import types
+
+    from rich.console import Console
+
+    import effjax.cli.compress as command
+    from effjax.evaluate import Comparison, VerdictRule
+
+    monkeypatch.setattr(command, "out", lambda: Console(width=width, highlight=False))
+    comparison = Comparison(
+        nll=2.5,
+        nll_reference=2.4,
+        delta_nll=-0.1234,
+        delta_low=-1.2345,
+        delta_high=1.2345,
+        perplexity=12345.678,
+        perplexity_reference=12.3,
+        kl_mean=0.1,
+        kl_q999=2.0,
+        same_top1=0.876,
+        verdict="indistinguishable",
+        windows=3,
+        tokens=90,
+        rule=VerdictRule(),
+    )
+    shown = {"nbytes": 123_456_789, "ratio": 12.34, "sample": None}
+    variants = [
+        types.SimpleNamespace(name="dense", comparison=None, perplexity=12.3, **shown),
+        types.SimpleNamespace(name="low rank", comparison=comparison, perplexity=12345.678, **shown),
+    ]
+    command.show(types.SimpleNamespace(variants=variants, rule=VerdictRule()))
+    out = capsys.readouterr().out
+    assert "…" not in out and "indistinguishable" in out and max(map(len, out.splitlines())) <= width
+    assert (
+        ("+1.2345]" in out and "12345.678" in out) if width == 160 else ("[-1.234,+1.234]" in out or "+1.235]" in out)
+    )
