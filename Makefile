@@ -21,7 +21,8 @@ help:
 
 demo: $(VENV)/.installed
 	@echo "== Running the main job: effjax compress (the embedded model; dense, 8, 4, 3 and 2 bits, 2:4 and low rank)"
-	$(BIN)/effjax compress
+	@mkdir -p build
+	$(BIN)/effjax compress --out build/demo --overwrite
 
 test: $(VENV)/.installed-test
 	@echo "== Running the tests: pytest $(PYTEST_ARGS)"

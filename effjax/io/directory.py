@@ -29,6 +29,8 @@ def renamed_when_whole(target: Path, *, overwrite: bool = False) -> Iterator[Pat
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
+        for file in temporary.iterdir():  # the safetensors writer makes files that only their owner reads
+            file.chmod(0o666 & ~_umask())
         if target.exists():
             target.rename(old)
         temporary.rename(target)
