@@ -30,8 +30,8 @@ from train.lm_card import write_card
 from train.loop import LoopConfig, fit
 
 BOS, EOS = "<s>", "</s>"
-PROMPTS = ("Return a", "The module", "")
-TEMPERATURE, SAMPLE_TOKENS = 0.7, 120
+PROMPTS = ("This module", "If the object is", 'The "with" statement', "")
+TEMPERATURE, SAMPLE_TOKENS = 0.5, 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
