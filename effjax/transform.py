@@ -120,7 +120,7 @@ def _leaf(path: str, value: Any, method: Any, stats: InputStats | None, key: jax
         )
     in_axes, out_axes = default_axes(path, value.ndim) if stats is None else (stats.in_axes, stats.out_axes)
     # A key by name, so that a leaf's result does not depend on which other leaves are transformed.
-    own = jax.random.fold_in(key, zlib.crc32(path.encode())) if needs_key else None
+    own = jax.random.fold_in(key, zlib.crc32(path.encode())) if needs_key and key is not None else None
     leaf = Leaf(path, value, method, in_axes, out_axes, stats, own)
     try:
         method.check(leaf.matrix_shape)
@@ -200,21 +200,28 @@ def on_shards(leaves: Sequence[Leaf], fn: Callable[[list[Inputs]], list[Any]]) -
     if mesh is None:
         return fn([(_gathered_under_trace(leaf), leaf.stats, leaf.key) for leaf in leaves])
     inputs = [(_gathered(leaf, s, mesh), leaf.stats, leaf.key) for leaf, s in zip(leaves, shardings, strict=True)]
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    dense = [PartitionSpec() if s is None else s.spec for s in shardings]
-    specs = partition_specs(jax.eval_shape(fn, structs), dense, mesh)
-    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.auto_axes(fn, out_sharding=placed)(inputs)
-    return jax.device_put(fn(inputs), placed)
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs))
+
+    def placed(dense: list[PartitionSpec]) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes, dense, mesh))
+
+    final = placed([PartitionSpec() if s is None else s.spec for s in shardings])
+    if AxisType.Explicit not in mesh.axis_types:
+        return jax.device_put(fn(inputs), final)
+    # The compiler cuts a computation as its result is cut: where sums must not be, the result is cut afterwards.
+    inside = placed([_spec_inside(leaf, s) for leaf, s in zip(leaves, shardings, strict=True)])
+    return jax.sharding.reshard(jax.sharding.auto_axes(fn, out_sharding=inside)(inputs), final)
+
+
+def _spec_inside(leaf: Leaf, sharding: NamedSharding | None) -> PartitionSpec:
+    """How a weight is cut while its method works on it: its matrix axes are whole where the order of sums matters."""
+    spec = full_spec(None if sharding is None else sharding.spec, leaf.value.ndim)
+    return PartitionSpec(*(e if d < leaf.lead or not leaf.method.sums else None for d, e in enumerate(spec)))
 
 
 def _gathered(leaf: Leaf, sharding: NamedSharding | None, mesh: Any) -> Any:
     """The weight on the mesh, its matrix axes whole where the method needs that."""
-    spec = full_spec(None if sharding is None else sharding.spec, leaf.value.ndim)
-    if leaf.method.sums:
-        spec = tuple(entry if d < leaf.lead else None for d, entry in enumerate(spec))
-    target = NamedSharding(mesh, PartitionSpec(*spec))
+    target = NamedSharding(mesh, _spec_inside(leaf, sharding))
     return (jax.sharding.reshard if _compat.is_tracer(leaf.value) else jax.device_put)(leaf.value, target)
 
 
