@@ -124,11 +124,16 @@ def make_loss(model: Decoder, *, noise: float):
             where, what = jax.random.split(key)
             others = jax.random.permutation(what, inputs.reshape(-1)).reshape(inputs.shape)  # as frequent as in text
             inputs = jnp.where(jax.random.bernoulli(where, noise, inputs.shape), others, inputs)
-        logits = model.apply({"params": params}, inputs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        losses = _nats(model, params, inputs, targets)
         return losses.sum(), jnp.asarray(losses.size, jnp.float32)
 
     return loss_fn
+
+
+def _nats(model: Decoder, params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of each target, [batch, length]."""
+    logits = jnp.asarray(model.apply({"params": params}, inputs))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def make_evaluate(model: Decoder, documents: list[np.ndarray], texts: list[str], *, context: int, batch: int = 16):
@@ -141,8 +146,7 @@ def make_evaluate(model: Decoder, documents: list[np.ndarray], texts: list[str],
 
     @jax.jit
     def nats(params, windows, valid):
-        logits = model.apply({"params": params}, windows[:, :-1])
-        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]) * valid)
+        return jnp.sum(_nats(model, params, windows[:, :-1], windows[:, 1:]) * valid)
 
     def evaluate(params) -> dict[str, float]:
         total = math.fsum(float(nats(params, r, m)) for r, m in zip(rows, mask, strict=True))
