@@ -52,15 +52,16 @@ def compress(params, kind="quantized", where=is_dense_matrix):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Equal up to `tolerance` of the largest value of each leaf."""
+    """Equal up to `tolerance` of the largest value of each leaf, or to the last places of its dtype."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.shape == e.shape and a.dtype == e.dtype
         if jnp.issubdtype(e.dtype, jnp.floating):
+            allowed = max(tolerance, 2 * float(jnp.finfo(e.dtype).eps))
             a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
             np.testing.assert_array_equal(np.isnan(a), np.isnan(e))
             scale = max(1e-6, float(np.nanmax(np.abs(e), initial=0)))
-            np.testing.assert_allclose(a / scale, e / scale, atol=tolerance, rtol=0)
+            np.testing.assert_allclose(a / scale, e / scale, atol=allowed, rtol=0)
         else:
             np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
 

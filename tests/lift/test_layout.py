@@ -49,7 +49,7 @@ def cuts_an_atom(layout, shape):
     return False
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_chains_of_operations_equal_numpy(data):
     shape = data.draw(SHAPES)
@@ -106,7 +106,7 @@ def test_views_become_layouts():
     assert operand(w, "w").layout.is_identity
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_contractions_in_random_layouts_equal_lax(data):
     """Random layouts and dimension numbers, the weight on either side, against the dense dot_general."""

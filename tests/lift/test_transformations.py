@@ -46,7 +46,7 @@ def both(fn, *args):
     return actual
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["quantized", "low_rank", "hashed"])
 def test_gradient_of_inputs_and_of_dense_leaves(kind, x):
     def loss(apply, params, x):
         def of(bias, x):
