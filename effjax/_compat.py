@@ -40,7 +40,7 @@ def result_aval(avals: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any
 
 def varying_axes(arrays: Sequence[Any]) -> frozenset[str]:
     """The manual mesh axes of `shard_map` over which any of the arrays (or abstract values) varies."""
-    avals = (x if isinstance(x, core.AbstractValue) else core.typeof(x) for x in arrays)
+    avals: Any = (x if isinstance(x, core.AbstractValue) else core.typeof(x) for x in arrays)
     return frozenset().union(*(aval.mat.varying for aval in avals))
 
 

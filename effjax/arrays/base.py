@@ -4,7 +4,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ def static(**kwargs: Any) -> Any:
 T = TypeVar("T", bound="CompressedArray")
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(static,))
 def register(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen keyword-only dataclass and a pytree whose `static()` fields are metadata."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     return jax.tree_util.register_dataclass(
         cls,
         data_fields=[f.name for f in fields if not f.metadata.get("static")],

@@ -80,11 +80,10 @@ class Codebook(CompressedArray):
     def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
         count = self.shape[-2] // size
         grouped_tables = self.tables.shape[-3] > 1
-        grouped_scales = self.scales is not None and self.scales.shape[-2] > 1
         parts = {"codes": cut_rows(self.codes, count)}
         if grouped_tables:
             parts["tables"] = cut_rows(self.tables, count)
-        if grouped_scales:
+        if self.scales is not None and self.scales.shape[-2] > 1:
             parts["scales"] = cut_rows(self.scales, count)
 
         def dense(tile: dict[str, jax.Array]) -> jax.Array:

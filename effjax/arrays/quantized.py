@@ -107,9 +107,9 @@ class Quantized(CompressedArray):
             return _dequantize(unpack(codes, self.bits, size), scales, zeros, self.dtype)
 
         scales = cut_rows(self.scales, count)
-        if isinstance(zeros, float):
-            return (codes, scales), lambda tile: dense((*tile, zeros))
-        return (codes, scales, cut_rows(zeros, count)), dense
+        if isinstance(zeros, jax.Array):
+            return (codes, scales, cut_rows(zeros, count)), dense
+        return (codes, scales), lambda tile: dense((*tile, zeros))
 
     @property
     def row_multiple(self) -> int:
@@ -142,6 +142,6 @@ def _dequantize(codes: jax.Array, scales: jax.Array, zeros: jax.Array | float, d
         return lax.broadcast_in_dim(lax.convert_element_type(x, jnp.float32), shape, across)
 
     values = lax.convert_element_type(lax.reshape(codes, shape), jnp.float32)
-    values = lax.sub(values, lax.full(shape, zeros, jnp.float32) if isinstance(zeros, float) else spread(zeros))
+    values = lax.sub(values, spread(zeros) if isinstance(zeros, jax.Array) else lax.full(shape, zeros, jnp.float32))
     values = lax.mul(values, spread(scales))
     return lax.convert_element_type(lax.reshape(values, (*lead, n, out)), dtype)

@@ -71,6 +71,7 @@ class Pattern:
 
     def keep_n_of_m(self, scores: Float[Array, "*L in out"]) -> Bool[Array, "*L in out"]:
         """The n highest of every m consecutive inputs; ties go to the first."""
+        assert self.n is not None and self.m is not None  # other patterns keep units
         *lead, rows, out = scores.shape
         groups = scores.reshape(*lead, rows // self.m, self.m, out)
         order = jnp.argsort(-groups, axis=-2, stable=True)

@@ -27,7 +27,7 @@ class ScoreMethod(Method):
 
     def __post_init__(self) -> None:
         pattern = Pattern.parse(self.pattern)
-        if pattern.m is not None:
+        if pattern.n is not None and pattern.m is not None:
             if self.sparsity is not None and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
                 raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}: leave it out")
             if self.scope == "global":

@@ -53,6 +53,7 @@ class LowRank(Method):
         n, out = shape[-2:]
         if self.rank is not None:
             return self.rank
+        assert self.ratio is not None  # one of the two is given
         return max(1, int(n * out / (self.ratio * (n + out))))
 
     def check(self, shape: tuple[int, ...]) -> None:
