@@ -1,4 +1,4 @@
-"""stories260K through our importer: dense perplexity, and what round-to-nearest and NF4 cost, run from packed codes.
+"""stories260K through our importer: dense perplexity, and what each baseline costs, run from its compressed form.
 
 python -m benchmarks.claims.stories260k --data DIR
 
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -60,11 +61,24 @@ def methods() -> dict[str, tuple[Any, Any]]:
 def compressed(params: Any) -> dict[str, Any]:
     """The parameters under every row's method; matrices whose inputs groups do not divide are done per channel."""
     matrices = {path: leaf.shape[-2] for path, leaf in leaves_with_paths(params) if is_dense_matrix(path, leaf)}
-    found = {}
+    found, key = {}, jax.random.key(0)
     for name, (grouped, per_channel) in methods().items():
         rules = [(path, grouped if inputs % GROUP == 0 else per_channel) for path, inputs in matrices.items()]
         found[name] = ej.quantize_params(params, rules)
+    half = {name: ej.prune_mask(params, method, key=key) for name, method in masks().items()}
+    found |= {name: (ej.pack_mask if "2:4" in name else ej.apply_mask)(params, mask) for name, mask in half.items()}
+    found["low rank, half the bytes"] = ej.sketch_params(params, ej.sketch.LowRank(ratio=2))
+    found["hashed, half the bytes"] = ej.sketch_params(params, ej.sketch.Hashed(ratio=2), key=key)
     return found
+
+
+def masks() -> dict[str, Any]:
+    """Three ways to drop every second weight."""
+    return {
+        "magnitude 50 %": ej.prune.Magnitude(sparsity=0.5),
+        "magnitude 2:4": ej.prune.Magnitude(pattern="2:4"),
+        "random 50 %": ej.prune.Random(sparsity=0.5),
+    }
 
 
 def weight_bytes(params: Any, paths: set[str]) -> int:
