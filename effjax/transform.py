@@ -30,19 +30,13 @@ class Method:
     Attributes:
         needs: statistics the method asks `calibrate` for.
         needs_key: whether it draws random numbers.
+        sums: whether the result depends on the order of sums over a matrix. Then the two matrix axes of a sharded
+            weight are gathered first, one weight at a time, so that the bytes are those of a single device.
     """
 
     needs: frozenset[str] = frozenset()
     needs_key: bool = False
-
-    @property
-    def sums(self) -> bool:
-        """Whether the result depends on the order of sums over a matrix.
-
-        Then the two matrix axes of a sharded weight are gathered first, one weight at a time, so that the bytes are
-        those of a single device.
-        """
-        return False
+    sums: bool = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises LeafError when a weight `[*L, in, out]` of this shape cannot be taken."""

@@ -38,7 +38,7 @@ class ScoreMethod(Method):
             raise ValueError(f"scope={self.scope!r}: choose 'leaf' or 'global'")
 
     @property
-    def sums(self) -> bool:
+    def sums(self) -> bool:  # type: ignore[override]
         return Pattern.parse(self.pattern).block is not None
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -58,7 +58,7 @@ class RTN(Method):
             raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
 
     @property
-    def sums(self) -> bool:
+    def sums(self) -> bool:  # type: ignore[override]
         return self.clip == "mse" or (self.bits == 1 and self.symmetric)
 
     def check(self, shape: tuple[int, ...]) -> None:
