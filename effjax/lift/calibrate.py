@@ -244,6 +244,5 @@ def _record(
             found["square_sum"] = jnp.square(rows).sum(-2)
         return jax.tree.map(spread, found)
 
-    if explicit_axes():
-        sums = jax.sharding.auto_axes(sums, out_sharding=PartitionSpec())
-    interp.tap(w.path, InputStats(**sums(x), in_axes=in_axes, out_axes=out_axes))
+    gather: Any = jax.sharding.auto_axes(sums, out_sharding=PartitionSpec()) if explicit_axes() else sums
+    interp.tap(w.path, InputStats(**gather(x), in_axes=in_axes, out_axes=out_axes))

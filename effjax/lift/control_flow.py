@@ -75,20 +75,11 @@ def scan(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] | None:
 
 def _scanned(w: Operand) -> tuple[Any, Any] | None:
     """An operand whose first dimension is a stacked axis: the array with that axis in front, and how to see a slice."""
-    if isinstance(w.array, Probe):
-        axis = w.layout.whole_axis(0) if w.shape[0] > 1 else None
-    else:
-        axis = w.layout.whole_axis(0)
-        if axis is not None and axis >= len(w.layout.axes) - 2:
-            return None
-    if w.shape[0] == 1 and axis is None:  # a stack of one layer: the axis has no atom, find it by its size
-        candidates = [
-            a
-            for a, sizes in enumerate(w.layout.axes[:-2] if not isinstance(w.array, Probe) else w.layout.axes[:1])
-            if not w.layout.atoms_of(a)
-        ]
-        axis = candidates[0] if candidates else None
-    if axis is None or len(w.layout.axes[axis]) != 1:
+    stackable = len(w.layout.axes) - (0 if isinstance(w.array, Probe) else 2)
+    axis = w.layout.whole_axis(0)
+    if axis is None and w.shape[0] == 1:  # a stack of one: its axis is in no dimension, any such axis will do
+        axis = next((a for a in range(stackable) if not w.layout.atoms_of(a)), None)
+    if axis is None or axis >= stackable or len(w.layout.axes[axis]) != 1:
         return None
     front = jax.tree.map(lambda field: jnp.moveaxis(field, axis, 0) if axis else field, w.array)
     layout = w.layout.squeeze((0,)).without_axis(axis)

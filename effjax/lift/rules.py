@@ -33,12 +33,11 @@ def dot_general(interp: Interpreter, eqn: Any, inputs: list[Any]) -> list[Any] |
         return None
     out = eqn.outvars[0].aval
 
-    def multiply(array: CompressedArray, x: jax.Array) -> jax.Array | None:
+    def product_of(array: CompressedArray, x: jax.Array) -> jax.Array | None:
         return dot(Operand(array, w.layout, w.path), x, c, precision=eqn.params["precision"], out_dtype=out.dtype)
 
-    if explicit_axes():
-        # Sharding types would have to be followed through unpacking and grouping; inside, the compiler does it.
-        multiply = jax.sharding.auto_axes(multiply, out_sharding=out.sharding)
+    # Sharding types would have to be followed through unpacking and grouping; inside auto_axes the compiler does it.
+    multiply: Any = jax.sharding.auto_axes(product_of, out_sharding=out.sharding) if explicit_axes() else product_of
     product = multiply(w.array, x)
     if product is None:
         return None
