@@ -46,9 +46,10 @@ class Interpreter:
 
         env.update(zip(jaxpr.constvars, own if consts is None else consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
+        here = _compat.current_context()
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            with _compat.equation_context(eqn):
+            with _compat.equation_context(eqn, here):
                 outputs = self.evaluate(eqn, inputs) if any(map(is_operand, inputs)) else _compat.bind(eqn, inputs)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
