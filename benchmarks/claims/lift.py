@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import effjax as ej
-from benchmarks.claims.common import Bar, conclude
+from benchmarks.bars import Bar, conclude
 from effjax.arrays import is_compressed
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, new_cache

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import effjax as ej
-from benchmarks.claims.common import Bar, conclude
+from benchmarks.bars import Bar, conclude
 from effjax.errors import EffjaxError
 from effjax.evaluate import Comparison, compare_many, windows_from_text
 from effjax.models.hf import LoadedModel, load_model
