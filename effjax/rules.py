@@ -11,8 +11,8 @@ from effjax.errors import RuleError
 from effjax.paths import Where, leaves_with_paths, matches
 
 # Named leaves that are no matrices of a dense layer even where stacking over layers gives them two dimensions.
-NOT_A_MATRIX = re.compile(r"(^|_)(bias|scale|norm|ln|gamma|beta|mean|var|b|g)\d*$|norm|embed|^(wte|wpe|ln_\d+|ln_f)$")
-HEAD = re.compile(r"(^|_)(head|lm_head|logits|classifier)$")
+VECTOR = re.compile(r"(^|_)(bias|scale|gamma|beta|mean|var|b|g)\d*$")  # names of the leaf itself
+LEFT_OUT = re.compile(r"norm|embed|(^|_)ln\d*$|^(wte|wpe|ln_\d+|ln_f)$|(^|_)(head|logits|classifier)$")  # of any part
 
 Rules = Sequence[tuple[Where, Any]]
 
@@ -28,7 +28,8 @@ def is_dense_matrix(path: str, leaf: Any) -> bool:
     """
     if not hasattr(leaf, "ndim") or leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
-    return not any(NOT_A_MATRIX.search(part.lower()) or HEAD.search(part.lower()) for part in path.split("/"))
+    parts = path.lower().split("/")
+    return not (VECTOR.search(parts[-1]) or any(map(LEFT_OUT.search, parts)))
 
 
 def assign(params: PyTree, method: Any, where: Where | None = None) -> dict[str, Any]:

@@ -59,6 +59,10 @@ def test_default_choice(path, shape, taken):
     assert is_dense_matrix(path, jnp.ones(shape, jnp.int32)) is False
 
 
+def test_a_layer_may_be_called_like_a_vector():
+    assert is_dense_matrix("b/kernel", W) and is_dense_matrix("scale/w", W) and not is_dense_matrix("layer/b", W)
+
+
 def test_first_match_wins_and_none_leaves_alone():
     params = {"a": {"kernel": W}, "c": {"kernel": W}, "d": {"kernel": W}}
     assert assign(params, [("a/*", None), ("c/*", 1), ("*/kernel", 2)]) == {"c/kernel": 1, "d/kernel": 2}
