@@ -74,10 +74,6 @@ def is_tracer(x: Any) -> bool:
     return isinstance(x, core.Tracer)
 
 
-def is_drop_var(var: Any) -> bool:
-    return isinstance(var, core.DropVar)
-
-
 def scan_groups(params: dict[str, Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """The inputs of a scan equation as constants, carry and scanned arrays.
 

@@ -198,7 +198,7 @@ def survey(
         ConfigError: the model is compressed already.
         RuleError, LeafError, CalibrationError: from the transforms and the evaluation, before anything else is done.
     """
-    params = {name: model.params for name in ("dense",)}
+    params = {"dense": model.params}
     _refuse_compressed(model)
     for name, recipe in recipes.items():
         if name in params:
@@ -249,12 +249,12 @@ def judge(
         else:
             dense = perplexity(apply, runnable["dense"], windows, **options)
     original_bytes = nbytes(model.params)
+    reference = next(iter(comparisons.values()), None)
     variants = []
     for index, (name, tree) in enumerate(params.items()):
         if progress is not None:
             progress("measure and sample", index, len(params))
         comparison = comparisons.get(name)
-        reference = next(iter(comparisons.values()), None)
         recipe = recipes.get(name)
         variants.append(
             Variant(

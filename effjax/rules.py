@@ -1,7 +1,6 @@
 """Which method goes to which parameter: rule lists, the default choice of leaves, and the axes of a weight."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from effjax.paths import Where, leaves_with_paths, matches
 # Named leaves that are no matrices of a dense layer even where stacking over layers gives them two dimensions.
 VECTOR = re.compile(r"(^|_)(bias|scale|gamma|beta|mean|var|b|g)\d*$")  # names of the leaf itself
 LEFT_OUT = re.compile(r"norm|embed|(^|_)ln\d*$|^(wte|wpe|ln_\d+|ln_f)$|(^|_)(head|logits|classifier)$")  # of any part
-
-Rules = Sequence[tuple[Where, Any]]
 
 
 def is_dense_matrix(path: str, leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from effjax.arrays.base import dense_struct, is_compressed
 from effjax.lift.control_flow import control_flow_rules
 from effjax.lift.coverage import Coverage, CoverageWarning, OnMaterialize, Policy
 from effjax.lift.interpreter import Interpreter
-from effjax.lift.operand import Operand, is_operand, operand
+from effjax.lift.operand import operand
 from effjax.lift.rules import structural_rules
 from effjax.paths import path_str
 
@@ -147,6 +147,3 @@ def _warn_of_constants(consts: Any) -> None:
                 CoverageWarning,
                 stacklevel=4,
             )
-
-
-__all__ = ["Operand", "interpret", "is_operand", "lift"]

@@ -114,7 +114,8 @@ def pack_mask(params: PyTree, mask: PyTree) -> PyTree:
         (2, 4, 4352)
     """
     masks = _masks_by_path(params, mask)
-    patterns = {path: _pattern_of(path, m, dict(leaves_with_paths(params))[path]) for path, m in masks.items()}
+    weights = dict(leaves_with_paths(params))
+    patterns = {path: _pattern_of(path, m, weights[path]) for path, m in masks.items()}
 
     def pack(path: str, w: Any) -> Any:
         if path not in masks:

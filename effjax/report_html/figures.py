@@ -18,7 +18,6 @@ VERDICT_COLOURS = {
     "worse": "#dc2626",
     "broken": "#7f1d1d",
 }
-DENSE_COLOUR = "#334155"
 _SERIES = ("#2563eb", "#0d9488", "#ca8a04", "#db2777", "#7c3aed", "#ea580c", "#65a30d", "#475569")
 _ROLES = {
     "embedding": ("embedding", "#94a3b8"),
