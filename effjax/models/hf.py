@@ -73,7 +73,7 @@ class LoadedModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Tensor:
+class StoredTensor:
     """One parameter on disk: its path in the tree, and whether the file holds it as `[out, in]`."""
 
     path: str
@@ -108,14 +108,14 @@ def load_model(
         >>> model = load_model("path/to/stories260K")  # doctest: +SKIP
         >>> logits = model.apply({"params": model.params}, jnp.asarray([model.encode("Once upon")]))  # doctest: +SKIP
     """
-    directory, source = _find(path_or_id, revision)
+    directory, source = find_directory(path_or_id, revision)
     config = read_config(directory, scan_layers=scan_layers)
-    entries = _all_entries(directory)
-    expected = _expected(config)
-    _compare(entries, expected, source)
+    entries = all_entries(directory)
+    expected = expected_tensors(config)
+    check_entries(entries, expected, source)
     flat: dict[str, Any] = {}
     for name, tensor in expected.items():
-        weight = _read_finite(name, entries[name])
+        weight = read_finite(name, entries[name])
         weight = (weight.T if tensor.transposed else weight).astype(dtype or weight.dtype)
         flat_path, layer = tensor.path, None
         if scan_layers and (match := re.match(r"layers_(\d+)/", tensor.path)):
@@ -126,7 +126,7 @@ def load_model(
             stacked = flat.setdefault(flat_path, np.empty((config.num_hidden_layers, *weight.shape), weight.dtype))
             stacked[layer] = weight
     if config.tie_word_embeddings and "lm_head.weight" in entries:
-        head = _read_finite("lm_head.weight", entries["lm_head.weight"])
+        head = read_finite("lm_head.weight", entries["lm_head.weight"])
         if head.tobytes() != entries["model.embed_tokens.weight"].read().tobytes():
             raise CheckpointError(
                 f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
@@ -134,7 +134,7 @@ def load_model(
                 "tie_word_embeddings false to use the head"
             )
     params = _nest({path: jnp.asarray(leaf) for path, leaf in flat.items()})
-    return LoadedModel(config=config, params=params, tokenizer=_read_tokenizer(directory), source=source)
+    return LoadedModel(config=config, params=params, tokenizer=read_tokenizer(directory), source=source)
 
 
 def read_config(directory: Path, **changes: Any) -> DecoderConfig:
@@ -163,7 +163,7 @@ def to_hf_tensors(config: DecoderConfig, params: PyTree) -> dict[str, np.ndarray
         CheckpointError: a parameter is missing, unexpected, compressed, wrongly shaped or not finite (all are named).
     """
     flat = dict(leaves_with_paths(unstack_layers(params) if "layers" in params else params))
-    expected = _expected(config)
+    expected = expected_tensors(config)
     wanted = {tensor.path: (name, tensor) for name, tensor in expected.items()}
     problems = [f"missing {path}" for path in wanted if path not in flat]
     problems += [f"unexpected {path}" for path in flat if path not in wanted]
@@ -227,7 +227,7 @@ def save_hf(
             (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _find(path_or_id: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
+def find_directory(path_or_id: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
     """The directory, from the disk or fetched from the hub, and how to call the model."""
     path = Path(path_or_id)
     if path.is_dir():
@@ -275,7 +275,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return entries
 
 
-def _read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a directory, or None; raises CheckpointError when its file is damaged."""
     if not (directory / "tokenizer.json").exists():
         return None
     from tokenizers import Tokenizer
@@ -286,7 +287,7 @@ def _read_tokenizer(directory: Path) -> Any:
         raise CheckpointError(f"tokenizer.json is damaged ({error}); copy it again") from error
 
 
-def _all_entries(directory: Path) -> dict[str, TensorEntry]:
+def all_entries(directory: Path) -> dict[str, TensorEntry]:
     """Every tensor of the directory, from one file or from the shards that the index names."""
     if (directory / _WEIGHTS).exists():
         return read_entries(directory / _WEIGHTS)
@@ -321,12 +322,12 @@ def _all_entries(directory: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _expected(config: DecoderConfig) -> dict[str, _Tensor]:
+def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
     """Hugging Face name to parameter, for everything that `config` promises."""
     c, expected = config, {}
 
     def add(name: str, path: str, *shape: int, transposed: bool = False) -> None:
-        expected[name] = _Tensor(path=path, transposed=transposed, shape=shape)
+        expected[name] = StoredTensor(path=path, transposed=transposed, shape=shape)
 
     def linear(name: str, path: str, inputs: int, outputs: int, bias: bool) -> None:
         add(f"{name}.weight", f"{path}/kernel", outputs, inputs, transposed=True)
@@ -354,7 +355,8 @@ def _expected(config: DecoderConfig) -> dict[str, _Tensor]:
     return expected
 
 
-def _compare(entries: dict[str, TensorEntry], expected: dict[str, _Tensor], source: str) -> None:
+def check_entries(entries: dict[str, TensorEntry], expected: dict[str, StoredTensor], source: str) -> None:
+    """Raises CheckpointError, with every missing, unexpected or wrongly shaped tensor by its name."""
     problems = [f"missing {name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in entries]
     for name, entry in entries.items():
         if name not in expected:
@@ -368,7 +370,8 @@ def _compare(entries: dict[str, TensorEntry], expected: dict[str, _Tensor], sour
         raise CheckpointError(f"{source}: the tensors do not fit config.json: " + "; ".join(problems))
 
 
-def _read_finite(name: str, entry: TensorEntry) -> np.ndarray:
+def read_finite(name: str, entry: TensorEntry) -> np.ndarray:
+    """The tensor; raises CheckpointError when a value is not finite."""
     weight = entry.read()
     bad = ~np.isfinite(weight)
     if bad.any():
