@@ -28,7 +28,9 @@ class Quantized(CompressedArray):
     Attributes:
         codes: the packed codes, `uint8[*L, ceil(in * bits / 8), out]` (see `effjax.arrays.packing`).
         scales: `float[*L, groups, out]`; one group is per-channel quantization.
-        zeros: packed zero points, `uint8[*L, ceil(groups * bits / 8), out]`, or None for a symmetric grid.
+        zeros: packed integer zero points, `uint8[*L, ceil(groups * bits / 8), out]`; or real ones,
+            `float[*L, groups, out]` (HQQ), which formats with integer zero points cannot hold; or None for a symmetric
+            grid.
         bits: 1 to 8.
         pad: codes that fill the last byte of a column, so that `in` follows from the arrays.
         dtype: dtype of the materialised weight.
@@ -43,7 +45,7 @@ class Quantized(CompressedArray):
 
     codes: UInt8[Array, "*L bytes out"]
     scales: Float[Array, "*L groups out"]
-    zeros: UInt8[Array, "*L zero_bytes out"] | None
+    zeros: UInt8[Array, "*L zero_bytes out"] | Float[Array, "*L groups out"] | None
     bits: int = static()
     pad: int = static(default=0)
     dtype: np.dtype = static(default=np.dtype("float32"))
@@ -53,25 +55,28 @@ class Quantized(CompressedArray):
         cls,
         codes: Integer[Array, "*L in out"],
         scales: Float[Array, "*L groups out"],
-        zeros: Integer[Array, "*L groups out"] | None,
+        zeros: Integer[Array, "*L groups out"] | Float[Array, "*L groups out"] | None,
         *,
         bits: int,
         dtype: Any,
     ) -> "Quantized":
-        """Packs codes in `[0, 2**bits)` and zero points in the same range.
+        """Packs codes in `[0, 2**bits)` and integer zero points in the same range; floating zero points stay as given.
 
         Raises:
-            LeafError: bits outside 1–8, or groups that do not divide the inputs.
+            LeafError: bits outside 1–8, groups that do not divide the inputs, or zero points of another shape than the
+                scales.
         """
         n, groups = codes.shape[-2], scales.shape[-2]
         if not 1 <= bits <= 8:
             raise LeafError(f"bits={bits}: a Quantized array holds 1 to 8 bits")
         if n % groups:
             raise LeafError(f"{groups} groups of scales do not divide {n} inputs")
+        if zeros is not None and zeros.shape != scales.shape:
+            raise LeafError(f"zero points {list(zeros.shape)} for scales {list(scales.shape)}: one a scale is needed")
         return cls(
             codes=pack(codes, bits),
             scales=scales,
-            zeros=None if zeros is None else pack(zeros, bits),
+            zeros=zeros if zeros is None or _is_real(zeros) else pack(zeros, bits),
             bits=bits,
             pad=packed_size(n, bits) * 8 // bits - n,
             dtype=np.dtype(dtype),
@@ -90,6 +95,8 @@ class Quantized(CompressedArray):
         """Zero points, unpacked to `float32[*L, groups, out]`; one number for a symmetric grid."""
         if self.zeros is None:
             return centre(self.bits)
+        if _is_real(self.zeros):
+            return self.zeros.astype(jnp.float32)
         return unpack(self.zeros, self.bits, self.scales.shape[-2]).astype(jnp.float32)
 
     def materialize(self) -> jax.Array:
@@ -124,11 +131,17 @@ class Quantized(CompressedArray):
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
         groups = self.scales.shape[-2]
-        zeros_fill_bytes = self.zeros is None or groups == 1 or groups * self.bits % 8 == 0
+        unpacked = self.zeros is None or _is_real(self.zeros)
+        zeros_fill_bytes = unpacked or groups == 1 or groups * self.bits % 8 == 0
         if self.shape[-2] * self.bits % 8 or not zeros_fill_bytes:
             rows = None
         grouped = P(*lead, rows if groups > 1 else None, out)
         return {"codes": P(*lead, rows, out), "scales": grouped, "zeros": None if self.zeros is None else grouped}
+
+
+def _is_real(zeros: Any) -> bool:
+    """Whether zero points are stored as floating numbers, one a group, instead of packed codes."""
+    return jnp.issubdtype(zeros.dtype, jnp.floating)
 
 
 def _dequantize(codes: jax.Array, scales: jax.Array, zeros: jax.Array | float, dtype: np.dtype) -> jax.Array:
