@@ -1,0 +1,148 @@
+"""Mixed precision to a budget: the method of every leaf that costs least in all, a multiple-choice knapsack."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from glob import escape
+from typing import Any
+
+import numpy as np
+
+from effjax.errors import ConfigError
+from effjax.quantize.sensitivity import LeafChoices, Sensitivity
+
+SPREAD = 1e4  # losses are scaled to this range, which puts the solver's absolute gap of 1e-6 at 1e-10 of it
+ROUNDS = 1000
+
+
+def allocate(
+    sensitivity: Sensitivity, *, budget_bits: float | None = None, budget_bytes: int | None = None
+) -> list[tuple[str, Any]]:
+    """Chooses one candidate a leaf so that the bytes stay within the budget and the expected loss is least.
+
+    Exact (branch and bound, `scipy.optimize.milp`), so never worse than any uniform choice that fits, and never worse
+    with more bytes; the same input gives the same rules.
+
+    Args:
+        sensitivity: from `effjax.quantize.sensitivity`.
+        budget_bits: container bits a weight, on average over the taken leaves; scales and tables count.
+        budget_bytes: or container bytes of the taken leaves.
+
+    Returns:
+        Rules `(path, method)` for `quantize_params`, `calibrate` users and `Recipe`; leaves that were not taken are in
+        no rule.
+
+    Raises:
+        ValueError: not exactly one budget, or one that is not positive.
+        ConfigError: a budget below the least possible bytes, or a table of sizes alone.
+
+    Example:
+        >>> import effjax as ej, jax
+        >>> a, b = jax.random.normal(jax.random.key(0), (2, 64, 8))
+        >>> params = {"a": {"kernel": 9 * a}, "b": {"kernel": b}}
+        >>> methods = [ej.quantize.RTN(bits=bits, group_size=32) for bits in (2, 3, 4)]
+        >>> table = ej.quantize.sensitivity(params, methods)
+        >>> rules = ej.quantize.allocate(table, budget_bits=3.7)
+        >>> [(path, method.bits) for path, method in rules], table.bits(rules)
+        ([('a/kernel', 4), ('b/kernel', 2)], 3.625)
+    """
+    if (budget_bits is None) == (budget_bytes is None):
+        raise ValueError("pass exactly one of budget_bits= and budget_bytes=")
+    given = budget_bits if budget_bytes is None else budget_bytes
+    assert given is not None
+    if not given > 0:
+        raise ValueError(f"a budget of {given}: choose a positive number")
+    budget = math.floor(given if budget_bytes is not None else given * sensitivity.weights / 8)
+    if sensitivity.measure == "sizes":
+        raise ConfigError("this table holds sizes alone: measure it on weights, sensitivity(params, candidates)")
+    least = sensitivity.least_bytes
+    if budget < least:
+        bits = 8 * least / sensitivity.weights
+        raise ConfigError(
+            f"a budget of {budget:,} bytes ({8 * budget / sensitivity.weights:.3f} bits a weight) is below the least "
+            f"possible, {least:,} bytes ({bits:.3f} bits a weight): raise it, or add candidates of fewer bytes"
+        )
+    index = _solve(sensitivity.leaves, budget)
+    return [(escape(leaf.path), leaf.choices[i].method) for leaf, i in zip(sensitivity.leaves, index, strict=True)]
+
+
+def family(method: Any, bits: Sequence[int] = (2, 3, 4, 5, 6, 8)) -> list[Any]:
+    """One method at several widths: the usual candidates. Widths that it refuses are left out.
+
+    Raises:
+        ConfigError: it has no field `bits`, or takes none of them.
+
+    Example:
+        >>> import effjax as ej
+        >>> [method.bits for method in ej.quantize.family(ej.quantize.RTN(group_size=32), (2, 4, 16))]
+        [2, 4]
+    """
+    if not dataclasses.is_dataclass(method) or "bits" not in {f.name for f in dataclasses.fields(method)}:
+        raise ConfigError(f"{type(method).__name__} has no field bits to choose: take RTN or another method of widths")
+    found = []
+    for width in bits:
+        try:
+            found.append(dataclasses.replace(method, bits=width))  # type: ignore[type-var]
+        except ValueError:
+            continue
+    if not found:
+        raise ConfigError(f"{type(method).__name__} takes none of the widths {list(bits)}")
+    return found
+
+
+def _solve(leaves: Sequence[LeafChoices], budget: int) -> list[int]:
+    """The index of the chosen candidate of every leaf.
+
+    Bytes are reduced first (the least of each leaf off, divided by what all differences share), so that the solver's
+    tolerances are far below one unit for the shapes of real models. Where they are not, a solution that breaks the
+    budget in whole numbers is cut off and the rest searched on, so the budget holds to the byte.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    owner = np.array([i for i, leaf in enumerate(leaves) for _ in leaf.choices])
+    offsets = np.concatenate([[0], np.cumsum([len(leaf.choices) for leaf in leaves])])
+    low = [min(c.nbytes for c in leaf.choices) for leaf in leaves]
+    extra = [c.nbytes - low[i] for i, leaf in enumerate(leaves) for c in leaf.choices]
+    unit = math.gcd(*extra) or 1
+    extra, room = [x // unit for x in extra], (budget - sum(low)) // unit
+    best = [min(c.loss for c in leaf.choices) for leaf in leaves]
+    cost = np.array([c.loss - best[i] for i, leaf in enumerate(leaves) for c in leaf.choices])
+    cost *= SPREAD / (cost.max() or 1.0)
+    usable = [float(not _dominated(leaf, j)) for leaf in leaves for j in range(len(leaf.choices))]
+    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(leaves), len(owner)))
+    scale = max(max(extra), 1)
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(csr_array(np.array([extra], np.float64) / scale), -np.inf, room / scale),
+    ]
+    for _ in range(ROUNDS):
+        # Without presolve, which prints to standard output in some versions of the solver.
+        found = milp(
+            cost,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, usable),  # pyright: ignore[reportArgumentType] (its stubs know numbers alone)
+            constraints=constraints,
+            options={"mip_rel_gap": 0, "presolve": False},
+        )
+        if found.x is None:
+            raise RuntimeError(f"the solver found no allocation: {found.message}")
+        index = [int(np.argmax(found.x[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        if sum(extra[a + i] for a, i in zip(offsets[:-1], index, strict=True)) <= room:
+            return index
+        chosen = np.zeros((1, len(owner)))
+        chosen[0, [a + i for a, i in zip(offsets[:-1], index, strict=True)]] = 1
+        constraints.append(LinearConstraint(csr_array(chosen), -np.inf, len(leaves) - 1))
+    raise RuntimeError(f"{ROUNDS} allocations in a row broke the budget by less than the solver's tolerance")
+
+
+def _dominated(leaf: LeafChoices, index: int) -> bool:
+    """Whether another candidate is no larger and no worse, and better in one of them or named earlier."""
+    this = leaf.choices[index]
+    return any(
+        other.nbytes <= this.nbytes
+        and other.loss <= this.loss
+        and (other.nbytes < this.nbytes or other.loss < this.loss or j < index)
+        for j, other in enumerate(leaf.choices)
+        if j != index
+    )
