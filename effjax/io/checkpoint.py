@@ -17,10 +17,12 @@ from effjax.arrays.base import PyTree, is_compressed
 from effjax.errors import CheckpointError
 from effjax.io.directory import renamed_when_whole
 from effjax.io.encoding import decode, encode
-from effjax.io.safetensors_file import read_entries
+from effjax.io.safetensors_file import TensorEntry, raw_bytes, read_entries, write_file
 from effjax.paths import leaves_with_paths
 
-FORMAT = 1
+FORMAT = 1  # of one weights file
+SHARDED_FORMAT = 2  # of several: the manifest names them under "weights"
+INDEX = "model.safetensors.index.json"
 WEIGHTS, CONFIG, RECIPE, TOKENIZER, CARD, MANIFEST = (
     "model.safetensors",
     "config.json",
@@ -77,31 +79,65 @@ def save_checkpoint(
         CheckpointError: non-finite values, a directory that exists, or a disk that is full; nothing is left behind.
         LeafError: names that could not be read back.
     """
-    from safetensors.numpy import save_file
-
     named, manifest = encode(params)
     host = {name: np.asarray(jax.device_get(x), order="C") for name, x in named.items()}
     damaged = [name for name, x in host.items() if not _finite(x)]
     if damaged:
         raise CheckpointError(f"{damaged[0]} has non-finite values ({len(damaged)} such tensors): not written")
+    texts = texts_of(
+        params,
+        {name: _hash(raw_bytes(x)) for name, x in host.items()},
+        config=config,
+        recipe=recipe,
+        tokenizer_json=tokenizer_json,
+        card=card,
+        files=files,
+    )
+    with renamed_when_whole(Path(directory), overwrite=overwrite) as temporary:
+        write_file(temporary / WEIGHTS, host, metadata={"format": "effjax"})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def texts_of(
+    params: PyTree,
+    hashes: Mapping[str, str],
+    *,
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    tokenizer_json: str | None = None,
+    card: str = "",
+    files: Mapping[str, str] | None = None,
+    weight_map: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The text files of a checkpoint by name, the manifest last; arguments as `save_checkpoint`.
+
+    Args:
+        params: the tree, or its shapes.
+        hashes: SHA-256 of every tensor, by its name in the weights file.
+        weight_map: the file of every tensor, where there are several.
+    """
+    _, manifest = encode(params)
     texts = {CONFIG: json.dumps(dict(config), indent=2) + "\n", **(files or {})}
     texts[RECIPE] = yaml.safe_dump(dict(recipe or {}), sort_keys=False)
     if card:
         texts[CARD] = card
     if tokenizer_json is not None:
         texts[TOKENIZER] = tokenizer_json
-    contents = {
-        "format": FORMAT,
+    contents: dict[str, Any] = {"format": FORMAT}
+    if weight_map is not None:
+        total = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
+        texts[INDEX] = json.dumps(index, indent=2) + "\n"
+        contents = {"format": SHARDED_FORMAT, "weights": list(dict.fromkeys(weight_map.values()))}
+    contents |= {
         "leaves": manifest,
         "shapes": {path: [list(x.shape), x.dtype.name] for path, x in leaves_with_paths(params) if is_compressed(x)},
-        "tensors": {name: _hash(x.tobytes()) for name, x in host.items()},
+        "tensors": dict(hashes),
         "files": {name: _hash(text.encode()) for name, text in texts.items()},
     }
     texts[MANIFEST] = json.dumps(contents, indent=1) + "\n"
-    with renamed_when_whole(Path(directory), overwrite=overwrite) as temporary:
-        save_file(host, temporary / WEIGHTS, metadata={"format": "effjax"})
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+    return texts
 
 
 def load_checkpoint(directory: str | os.PathLike[str]) -> LoadedCheckpoint:
@@ -116,11 +152,13 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> LoadedCheckpoint:
     changed = [name for name, text in texts.items() if name != CARD and _hash(text.encode()) != manifest["files"][name]]
     if changed:
         raise CheckpointError(f"{changed[0]} was changed after it was written (its hash differs): restore it")
-    named = _read_tensors(root, manifest)
-    for name, x in named.items():
-        if _hash(x.tobytes()) != manifest["tensors"][name]:
-            raise CheckpointError(f"{WEIGHTS}: {name} is damaged (its hash differs): copy or compress it again")
-    params = decode({name: jnp.asarray(x) for name, x in named.items()}, manifest["leaves"])
+    named = {}
+    for name, entry in _entries(root, manifest).items():
+        x = entry.read()
+        if _hash(raw_bytes(x)) != manifest["tensors"][name]:
+            raise CheckpointError(f"{entry.file.name}: {name} is damaged (its hash differs): copy or compress it again")
+        named[name] = jnp.asarray(x)
+    params = decode(named, manifest["leaves"])
     problems = _shape_problems(params, manifest)
     if problems:
         raise CheckpointError(problems[0])
@@ -139,11 +177,14 @@ def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
 
 
 def verify_checkpoint(directory: str | os.PathLike[str]) -> list[str]:
-    """Looks for damage: hashes of files and tensors, shapes, non-finite values. An empty list is a whole checkpoint."""
+    """Looks for damage: hashes of files and tensors, shapes, non-finite values. An empty list is a whole checkpoint.
+
+    The weights are read in pieces, so a checkpoint may be larger than memory.
+    """
     root = Path(directory)
     try:
         manifest = _read_manifest(root)
-        named = _read_tensors(root, manifest)
+        entries = _entries(root, manifest)
     except CheckpointError as error:
         return [str(error)]
     findings = []
@@ -153,13 +194,22 @@ def verify_checkpoint(directory: str | os.PathLike[str]) -> list[str]:
                 findings.append(f"{name} was changed after it was written (its hash differs)")
         except CheckpointError as error:
             findings.append(str(error))
-    for name, x in named.items():
-        if _hash(x.tobytes()) != manifest["tensors"][name]:
-            findings.append(f"{WEIGHTS}: {name} is damaged (its hash differs)")
-        if not _finite(x):
-            findings.append(f"{WEIGHTS}: {name} has non-finite values")
+    for name, entry in entries.items():
+        digest, finite = hashlib.sha256(), True
+        try:
+            for chunk in entry.chunks():
+                digest.update(raw_bytes(chunk))
+                finite = finite and _finite(chunk)
+        except CheckpointError as error:
+            findings.append(str(error))
+            continue
+        if digest.hexdigest() != manifest["tensors"][name]:
+            findings.append(f"{entry.file.name}: {name} is damaged (its hash differs)")
+        if not finite:
+            findings.append(f"{entry.file.name}: {name} has non-finite values")
     try:
-        findings += _shape_problems(decode(named, manifest["leaves"]), manifest)
+        structs = {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in entries.items()}
+        findings += _shape_problems(decode(structs, manifest["leaves"]), manifest)
     except CheckpointError as error:
         findings.append(str(error))
     return findings
@@ -191,22 +241,35 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     wrong = [key for key, kind in wanted.items() if not isinstance(manifest.get(key), kind)]
     if wrong:
         raise CheckpointError(f"{MANIFEST} lacks a valid {wrong[0]!r} entry: it is damaged or not of effjax")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}: update effjax")
-    unsafe = [name for name in manifest["files"] if Path(name).name != name]
+    if manifest["format"] not in (FORMAT, SHARDED_FORMAT):
+        raise CheckpointError(
+            f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT} and {SHARDED_FORMAT}: "
+            "update effjax"
+        )
+    weights = manifest.setdefault("weights", [WEIGHTS])
+    if not isinstance(weights, list) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{MANIFEST} lacks a valid 'weights' entry: it is damaged or not of effjax")
+    unsafe = [name for name in (*manifest["files"], *weights) if Path(name).name != name]
     if unsafe:
         raise CheckpointError(f"{MANIFEST} names a file outside of the directory: {unsafe[0]!r}")
     return manifest
 
 
-def _read_tensors(root: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    entries = read_entries(root / WEIGHTS)
+def _entries(root: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """Where every tensor lies; the files must hold those of the manifest and no others."""
+    entries: dict[str, TensorEntry] = {}
+    for file in manifest["weights"]:
+        found = read_entries(root / file)
+        unknown = sorted(set(found) - set(manifest["tensors"]) | set(found) & set(entries))
+        if unknown:
+            raise CheckpointError(f"{file} has an unknown {unknown[0]}: it does not belong to {MANIFEST}")
+        entries |= found
     missing = sorted(set(manifest["tensors"]) - set(entries))
-    extra = sorted(set(entries) - set(manifest["tensors"]))
-    if missing or extra:
-        which = f"lacks {missing[0]}" if missing else f"has an unknown {extra[0]}"
-        raise CheckpointError(f"{WEIGHTS} {which}: it does not belong to {MANIFEST}")
-    return {name: entry.read() for name, entry in entries.items()}
+    if missing:
+        which = manifest["weights"][0] if len(manifest["weights"]) == 1 else "no weights file"
+        verb = "lacks" if len(manifest["weights"]) == 1 else "has"
+        raise CheckpointError(f"{which} {verb} {missing[0]}: it does not belong to {MANIFEST}")
+    return entries
 
 
 def _read_text(root: Path, name: str) -> str:
@@ -228,7 +291,7 @@ def _parse_json(name: str, text: str) -> dict[str, Any]:
     return contents
 
 
-def _hash(data: bytes) -> str:
+def _hash(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -119,7 +119,7 @@ DAMAGE = {
     "manifest entry": (manifest_edit(lambda m: m.pop("tensors")), "lacks a valid 'tensors' entry"),
     "newer format": (
         manifest_edit(lambda m: m.update(format=99)),
-        "has format 99, this version reads 1: update effjax",
+        "has format 99, this version reads 1 and 2: update effjax",
     ),
     "path outside": (
         manifest_edit(lambda m: m["files"].update({"../secret": "0"})),
