@@ -16,7 +16,7 @@ from effjax.errors import CheckpointError, ConfigError
 from effjax.io.directory import renamed_when_whole
 from effjax.io.safetensors_file import TensorEntry, read_entries
 from effjax.models.config import DecoderConfig, token_ids
-from effjax.models.decoder import DecoderApply, unstack_layers
+from effjax.models.decoder import DecoderApply, stack_layers, unstack_layers
 from effjax.paths import leaves_with_paths
 
 PyTree = Any
@@ -90,12 +90,15 @@ def load_model(
 ) -> LoadedModel:
     """Reads a decoder from a directory, or from the hub by its id.
 
-    Tensors are read one at a time; kernels are turned from `[out, in]` to `[in, out]`.
+    Tensors are read one at a time; kernels are turned from `[out, in]` to `[in, out]`. Where the configuration says how
+    the weights are quantized (`quantization_config`), they become compressed leaves with the stored codes and scales;
+    see `effjax.models.quantized_hf`.
 
     Args:
         path_or_id: a directory with config.json, model.safetensors (or shards with an index) and, if texts shall go in
-            and out, tokenizer.json; or a hub id such as `"Qwen/Qwen2.5-0.5B"` (needs `huggingface_hub` and a network).
-        dtype: of the parameters; None keeps what is on disk.
+            and out, tokenizer.json; a .gguf file; or a hub id such as `"Qwen/Qwen2.5-0.5B"` (needs `huggingface_hub`
+            and a network).
+        dtype: of the parameters, and what compressed leaves materialize to; None keeps what is on disk.
         scan_layers: stacks the layers for `nn.scan`.
         revision: branch, tag or commit on the hub.
 
@@ -108,17 +111,49 @@ def load_model(
         >>> model = load_model("path/to/stories260K")  # doctest: +SKIP
         >>> logits = model.apply({"params": model.params}, jnp.asarray([model.encode("Once upon")]))  # doctest: +SKIP
     """
+    from effjax.models.quantized_hf import is_quantized, load_quantized
+
+    if os.fspath(path_or_id).endswith(".gguf") and Path(path_or_id).is_file():
+        return _load_gguf(Path(path_or_id), dtype, scan_layers)
     directory, source = find_directory(path_or_id, revision)
+    if is_quantized(directory):
+        return load_quantized(directory, source, dtype=dtype, scan_layers=scan_layers).model
     config = read_config(directory, scan_layers=scan_layers)
-    entries = all_entries(directory)
-    expected = expected_tensors(config)
+    params = read_dense(config, all_entries(directory), expected_tensors(config), source, dtype=dtype)
+    return LoadedModel(config=config, params=params, tokenizer=read_tokenizer(directory), source=source)
+
+
+def _load_gguf(file: Path, dtype: Any, scan_layers: bool) -> LoadedModel:
+    from effjax.io.formats.gguf_model import read_model
+
+    model = read_model(file, dtype=dtype)
+    if not scan_layers:
+        return model
+    config = dataclasses.replace(model.config, scan_layers=True)
+    return dataclasses.replace(model, config=config, params=stack_layers(model.params))
+
+
+def read_dense(
+    config: DecoderConfig,
+    entries: dict[str, TensorEntry],
+    expected: dict[str, StoredTensor],
+    source: str,
+    *,
+    dtype: Any = None,
+    leaves: dict[str, Any] | None = None,
+) -> PyTree:
+    """The parameter tree of `expected` tensors, which are all there are in `entries`, and of `leaves` by path.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
     check_entries(entries, expected, source)
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = dict(leaves or {})
     for name, tensor in expected.items():
         weight = read_finite(name, entries[name])
         weight = (weight.T if tensor.transposed else weight).astype(dtype or weight.dtype)
         flat_path, layer = tensor.path, None
-        if scan_layers and (match := re.match(r"layers_(\d+)/", tensor.path)):
+        if config.scan_layers and (match := re.match(r"layers_(\d+)/", tensor.path)):
             flat_path, layer = "layers/" + tensor.path[match.end() :], int(match[1])
         if layer is None:
             flat[flat_path] = jnp.asarray(weight)
@@ -130,27 +165,28 @@ def load_model(
         if head.tobytes() != entries["model.embed_tokens.weight"].read().tobytes():
             raise CheckpointError(
                 f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
-                "write "
-                "tie_word_embeddings false to use the head"
+                "write tie_word_embeddings false to use the head"
             )
-    params = _nest({path: jnp.asarray(leaf) for path, leaf in flat.items()})
-    return LoadedModel(config=config, params=params, tokenizer=read_tokenizer(directory), source=source)
+    return _nest({path: leaf if is_compressed(leaf) else jnp.asarray(leaf) for path, leaf in flat.items()})
 
 
-def read_config(directory: Path, **changes: Any) -> DecoderConfig:
+def read_config(directory: Path, *, quantized: bool = False, **changes: Any) -> DecoderConfig:
     """The configuration of a model directory, with the stop tokens of generation_config.json where there is one.
 
-    A tokenizer_config.json that names no `bos_token`, or says `add_bos_token` false, leaves `bos_token_id` None.
+    A tokenizer_config.json that names no `bos_token`, or says `add_bos_token` false, leaves `bos_token_id` None. How
+    weights are quantized is passed over with `quantized`, and refused without.
     """
-    entries = _read_json(directory / "config.json")
+    entries = read_json(directory / "config.json")
+    if quantized:
+        entries.pop("quantization_config", None)
     config = DecoderConfig.from_hf(entries, **changes)
     if (directory / "generation_config.json").exists():
-        generation = _read_json(directory / "generation_config.json")
+        generation = read_json(directory / "generation_config.json")
         if generation.get("eos_token_id") is not None:
             stops = token_ids(generation["eos_token_id"], "generation_config.json: eos_token_id")
             config = dataclasses.replace(config, eos_token_ids=stops)
     if (directory / "tokenizer_config.json").exists():
-        tokens = _read_json(directory / "tokenizer_config.json")
+        tokens = read_json(directory / "tokenizer_config.json")
         if tokens.get("bos_token") is None or tokens.get("add_bos_token") is False:
             config = dataclasses.replace(config, bos_token_id=None)
     return config
@@ -173,7 +209,10 @@ def to_hf_tensors(config: DecoderConfig, params: PyTree) -> dict[str, np.ndarray
         if leaf is None:
             continue
         if is_compressed(leaf):
-            problems.append(f"{path} is compressed ({type(leaf).__name__}): use effjax.materialize(params) first")
+            problems.append(
+                f"{path} is compressed ({type(leaf).__name__}): use effjax.materialize(params) first, or "
+                "effjax.models.quantized_save.save_quantized_hf"
+            )
             continue
         weight = np.asarray(leaf)
         weight = weight.T if tensor.transposed and weight.ndim == 2 else weight
@@ -263,7 +302,7 @@ def find_directory(path_or_id: str | os.PathLike[str], revision: str | None) -> 
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -295,7 +334,7 @@ def all_entries(directory: Path) -> dict[str, TensorEntry]:
         pickles = sorted(file.name for file in directory.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which is not read: convert it to safetensors" if pickles else ""
         raise CheckpointError(f"{directory.resolve().name}: neither {_WEIGHTS} nor {_INDEX} is there{hint}")
-    weight_map = _read_json(directory / _INDEX).get("weight_map")
+    weight_map = read_json(directory / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{_INDEX}: weight_map must map each tensor to a file name")
     entries: dict[str, TensorEntry] = {}
