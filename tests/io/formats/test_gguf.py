@@ -176,7 +176,7 @@ DAMAGE = {
     "version 1": (made(version=1), "has GGUF version 1, which is not read"),
     "big-endian": (
         made(version=3 << 24),
-        "has GGUF version 50331648, which is not read .it was written for a big-endian",
+        "has GGUF version 50331648, which is not read .it was written for a big",
     ),
     "only a magic": (b"GGUF", "the version takes 4 bytes where 0 are left; the file is truncated"),
     "tensor count": (made(tensors=HUGE), f"the description of {HUGE} tensors takes {33 * HUGE} bytes where"),
