@@ -1,4 +1,4 @@
-"""The command line: `effjax plan · compress · verify · eval · generate · report`. It parses and calls, no more."""
+"""The command line: `effjax plan · compress · convert · verify · eval · generate · report`. It parses and calls."""
 
 import signal
 import sys
@@ -10,6 +10,7 @@ import tyro
 
 from effjax.cli.compress import Compress
 from effjax.cli.console import complain
+from effjax.cli.convert import Convert
 from effjax.cli.evaluate import Evaluate
 from effjax.cli.generate import Generate
 from effjax.cli.plan import PlanCommand
@@ -23,6 +24,9 @@ Command = (
         tyro.conf.subcommand("plan", description="Says what compression will give, from config.json alone."),
     ]
     | Annotated[Compress, tyro.conf.subcommand("compress", description="Compresses a model and shows what it cost.")]
+    | Annotated[
+        Convert, tyro.conf.subcommand("convert", description="Writes a model in another file format, exactly or not.")
+    ]
     | Annotated[Verify, tyro.conf.subcommand("verify", description="Looks for damage in a model directory.")]
     | Annotated[
         Evaluate, tyro.conf.subcommand("eval", description="Judges a model, a compressed one against its original.")
@@ -34,8 +38,8 @@ _DESCRIPTION = """Makes language models smaller, and shows what that cost.
 
 `effjax compress` without arguments compresses the embedded model in six ways and writes them with a report.
 
-A MODEL is a directory (Hugging Face layout, or written by effjax), a hub id such as Qwen/Qwen2.5-0.5B, or "default"
-for the embedded one. Errors are one line; --debug shows where they come from."""
+A MODEL is a directory (Hugging Face layout, quantized or not, or written by effjax), a .gguf file, a hub id such as
+Qwen/Qwen2.5-0.5B, or "default" for the embedded one. Errors are one line; --debug shows where they come from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # a command that keeps finished work says so in the exception
         if debug:
             raise
-        complain("interrupted; nothing unfinished was left behind")
+        complain(str(interrupt) or "interrupted; nothing unfinished was left behind")
         return 130
 
 

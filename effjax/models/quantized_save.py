@@ -185,7 +185,7 @@ def _weigh(
         encoded, kept = None, Exactness(exact=False, reason=str(error))
     verdict = Verdict(path=path, held=describe(leaf), stored=format, exact=kept.exact, reason=kept.reason)
     if encoded is not None:
-        return dataclasses.replace(verdict, stored=_stored_as(encoded)), encoded
+        return dataclasses.replace(verdict, stored=_stored_as(encoded, format)), encoded
     if not approximate:
         return dataclasses.replace(verdict, error=None), None
     rounded = nearest(leaf, format, group_size=group_size, bits=bits)
@@ -197,7 +197,7 @@ def _weigh(
     return (
         dataclasses.replace(
             verdict,
-            stored=_stored_as(encoded),
+            stored=_stored_as(encoded, format),
             error=float(np.abs(after - before).max()),
             largest=float(np.abs(before).max()),
         ),
@@ -205,11 +205,11 @@ def _weigh(
     )
 
 
-def _stored_as(encoded: Encoded) -> str:
+def _stored_as(encoded: Encoded, name: str) -> str:
     scheme: Any = encoded.scheme
     bits, size = getattr(scheme, "bits", getattr(scheme, "num_bits", 4)), getattr(scheme, "group_size", None)
     size = getattr(scheme, "block_size", size)
-    kind = getattr(scheme, "format", getattr(scheme, "kind", f"{bits}-bit"))
+    kind = getattr(scheme, "format", getattr(scheme, "kind", f"{name} {bits}-bit"))
     groups = "per channel" if size in (None, -1) else f"groups of {size}"
     if getattr(scheme, "strategy", "group") in ("tensor", "block"):
         groups = f"per {scheme.strategy}"
