@@ -38,6 +38,9 @@ def read(
         CheckpointError: a tensor that is missing, of a wrong dtype or shape, or not finite.
     """
     inputs, outputs = shape
+    rows, columns = block or (outputs, inputs)
+    if strategy == "block" and inputs > columns and inputs % columns:
+        raise CheckpointError(f"{name}: blocks of {columns} do not divide its {inputs} inputs; {AGAIN}")
     weight = take(tensors, name, "weight", dtypes=[KIND], shape=(outputs, inputs))
     if strategy == "tensor":
         given = tensors.get("weight_scale", np.zeros(1))
@@ -46,9 +49,6 @@ def read(
     elif strategy == "channel":
         scales = take(tensors, name, "weight_scale", dtypes=FLOATS, shape=(outputs, 1)).T
     else:
-        rows, columns = block or (outputs, inputs)
-        if inputs % columns and inputs > columns:
-            raise CheckpointError(f"{name}: blocks of {columns} do not divide its {inputs} inputs; {AGAIN}")
         grid, why = (-(-outputs // rows), -(-inputs // columns)), f"blocks of {rows} outputs and {columns} inputs"
         scale = take(tensors, name, "weight_scale", dtypes=FLOATS, shape=grid, why=why)
         scales = np.repeat(scale.T, rows, axis=1)[:, :outputs]
