@@ -192,6 +192,15 @@ def parse_method(name: str, **args: Any) -> Any:
         raise ConfigError(f"method {normal!r}: {error}") from error
 
 
+def methods_by_path(params: PyTree, recipe: Recipe) -> dict[str, Any]:
+    """The method of every leaf that `recipe` changes; `params` may be `ShapeDtypeStruct`s.
+
+    Raises:
+        RuleError: a rule that matches no leaf, or only leaves that earlier rules took.
+    """
+    return assign(params, [(is_dense_matrix if where is None else where, method) for where, method in recipe.rules])
+
+
 def apply_recipe(
     params: PyTree, recipe: Recipe, *, stats: PyTree | None = None, progress: Callable[[int, int], None] | None = None
 ) -> PyTree:
@@ -225,11 +234,9 @@ def apply_recipe(
             if progress is not None:
                 progress(done, total)
         else:
-            for path, leaf in leaves.items():  # one by one, with the key of its name: the order cannot matter
-                params = compress_leaves({path: leaf}, params)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+            report = None if progress is None else (lambda n, _, before=done: progress(before + n, total))
+            params = compress_leaves(leaves, params, report)
+            done += len(leaves)
     return params
 
 

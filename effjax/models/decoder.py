@@ -17,6 +17,7 @@ from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, init_cache, write_layer
 from effjax.models.config import DecoderConfig
 from effjax.models.rope import rotary_angles, rotate
+from effjax.sequential import Stage
 
 PyTree = Any
 Hidden = Float[Array, "batch length hidden"]
@@ -284,6 +285,59 @@ class DecoderApply:
 
     def __call__(self, variables: PyTree, tokens: Int[Array, "batch length"], **kwargs: Any) -> Any:
         return Decoder(self.config).apply(variables, tokens, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedApply:
+    """`apply(params["embed"], tokens)`: the first residual stream, float32."""
+
+    config: DecoderConfig
+
+    def __call__(self, params: PyTree, tokens: Int[Array, "batch length"]) -> Hidden:
+        return Embed(self.config).apply({"params": params}, tokens)  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockApply:
+    """`apply(params["layers_3"], x)`: one layer without a cache; equal for equal configurations, so one program."""
+
+    config: DecoderConfig
+
+    def __call__(self, params: PyTree, x: Hidden) -> Hidden:
+        batch, length, _ = x.shape
+        counts = jnp.full((batch,), length, jnp.int32)
+        positions = jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1)
+        angles = rotary_angles(self.config, positions, counts)
+        block = Block(self.config)
+        (x, _), _ = block.apply({"params": params}, (x, None), jnp.int32(0), positions, counts, angles)  # type: ignore
+        return x
+
+
+GROUPS = (
+    ("attention/q_proj/kernel", "attention/k_proj/kernel", "attention/v_proj/kernel"),
+    ("attention/o_proj/kernel",),
+    ("mlp/gate_proj/kernel", "mlp/up_proj/kernel"),
+    ("mlp/down_proj/kernel",),
+)
+
+
+def stages(config: DecoderConfig) -> tuple[Stage, ...]:
+    """The parts of a decoder that data passes, for `compress_sequentially`: the embedding, then the layers.
+
+    They compute in float32 and take unrolled parameters (`unstack_layers`); the final norm and the head, which are
+    behind all blocks, are not among them.
+
+    Example:
+        >>> config = DecoderConfig(
+        ...     vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> [stage.name for stage in stages(config)]
+        ['embed', 'layers_0', 'layers_1']
+    """
+    config = dataclasses.replace(config, dtype="float32", scan_layers=False, remat=False)
+    block = BlockApply(config)
+    layers = [Stage(name=f"layers_{i}", apply=block, groups=GROUPS) for i in range(config.num_hidden_layers)]
+    return Stage(name="embed", apply=EmbedApply(config)), *layers
 
 
 def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None) -> KVCache:
