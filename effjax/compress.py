@@ -23,6 +23,7 @@ from effjax.quantize import RTN
 from effjax.recipe import Recipe, apply_recipe
 from effjax.rules import is_dense_matrix
 from effjax.sketch import LowRank
+from effjax.stream.engine import Streamed
 
 PyTree = Any
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -275,6 +276,37 @@ def judge(
     return Survey(model=model, variants=tuple(variants), text=text, rule=rule, sampling=sampling)
 
 
+def unjudged(model: LoadedModel, structs: Mapping[str, Any], streamed: Streamed, recipe: Recipe, name: str) -> Survey:
+    """What is known of a model that was compressed on disk: sizes and the error of every tensor.
+
+    Args:
+        model: the original, whose `params` are not looked at.
+        structs: shapes of its parameters by path.
+        streamed: what was made of them.
+        recipe: how.
+        name: of the result.
+    """
+    rows = {row.path: row for row in streamed.rows}
+    before = tuple(_leaf_row(path, x.shape, x.dtype.name, nbytes(x), ()) for path, x in structs.items())
+    after = tuple(
+        _leaf_row(path, x.shape, rows[path].kind, rows[path].nbytes, () if (e := rows[path].error) is None else (e,))
+        for path, x in structs.items()
+    )
+    totals = [sum(row.nbytes for row in leaves) for leaves in (before, after)]
+    dtypes = ", ".join(dict.fromkeys(x.dtype.name for x in structs.values()))
+    dense = Variant(name="dense", summary=dtypes, recipe=None, params=None, nbytes=totals[0], ratio=1.0, leaves=before)
+    small = Variant(
+        name=name,
+        summary=describe(recipe),
+        recipe=recipe,
+        params=None,
+        nbytes=totals[1],
+        ratio=totals[0] / totals[1],
+        leaves=after,
+    )
+    return Survey(model=model, variants=(dense, small), text=None, rule=VerdictRule(), sampling=None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Float32Apply:
     """The lifted apply function of a decoder; equal for equal configurations, so that jit caches by it."""
@@ -320,18 +352,22 @@ def leaf_rows(original: PyTree, params: PyTree) -> tuple[LeafRow, ...]:
         errors = (
             np.atleast_1d(np.asarray(_relative_errors(before[path], _dense_float32(leaf)))).tolist() if changed else []
         )
-        rows.append(
-            LeafRow(
-                path=path,
-                role=_role(path),
-                layer=int(match[1]) if (match := re.search(r"(?:^|/)layers?_(\d+)(?:/|$)", path)) else None,
-                shape=tuple(leaf.shape),
-                kind=type(leaf).__name__ if is_compressed(leaf) else leaf.dtype.name,
-                nbytes=nbytes(leaf),
-                errors=tuple(errors),
-            )
-        )
+        kind = type(leaf).__name__ if is_compressed(leaf) else leaf.dtype.name
+        rows.append(_leaf_row(path, leaf.shape, kind, nbytes(leaf), tuple(errors)))
     return tuple(rows)
+
+
+def _leaf_row(path: str, shape: tuple[int, ...], kind: str, size: int, errors: tuple[float, ...]) -> LeafRow:
+    layer = re.search(r"(?:^|/)layers?_(\d+)(?:/|$)", path)
+    return LeafRow(
+        path=path,
+        role=_role(path),
+        layer=int(layer[1]) if layer else None,
+        shape=tuple(shape),
+        kind=kind,
+        nbytes=size,
+        errors=errors,
+    )
 
 
 def check_same_tensors(original: PyTree, params: PyTree) -> None:

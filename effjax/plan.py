@@ -14,8 +14,10 @@ from effjax.errors import CheckpointError, ConfigError
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder
 from effjax.paths import leaves_with_paths, matches
-from effjax.recipe import Recipe, apply_recipe
+from effjax.recipe import Recipe
 from effjax.rules import is_dense_matrix
+from effjax.sequential import abstract_result, abstract_stats, compress_flat
+from effjax.stream.memory import program_bytes
 
 PyTree = Any
 
@@ -87,7 +89,7 @@ def plan(params: PyTree, recipe: Recipe | None) -> Plan:
         RuleError, LeafError: a rule or a shape that does not fit, exactly as when compressing.
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    after = params if recipe is None else jax.eval_shape(lambda p: apply_recipe(p, recipe), params)
+    after = params if recipe is None else abstract_result(params, recipe)
     new = dict(leaves_with_paths(after))
     rows = tuple(
         PlanRow(
@@ -123,19 +125,15 @@ def _largest(rows: tuple[PlanRow, ...], new: dict[str, Any]) -> list[PlanRow]:
 def _working_bytes(params: PyTree, recipe: Recipe, path: str) -> int:
     """Memory beyond input and output that compressing one leaf takes, as the compiler states it."""
     struct = dict(leaves_with_paths(params))[path]
-    tree: dict[str, Any] = {}
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-    node[name] = struct
     method = next((rule for rule in recipe.rules if _decides(rule[0], path, struct)), None)
     if method is None:
         return 0
-    alone = dataclasses.replace(recipe, rules=((path, method[1]),))
-    compiled = jax.jit(lambda p: apply_recipe(p, alone)).lower(tree).compile()
-    analysis = compiled.memory_analysis()
-    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+    if method[1] is None:
+        return 0
+    alone = {path: method[1]}
+    stats = abstract_stats({path: struct}, alone)
+    _, _, between = program_bytes(lambda w, s: compress_flat(w, alone, s, recipe.seed), {path: struct}, stats)
+    return between
 
 
 def _decides(where: str | None, path: str, leaf: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from effjax.cli.console import VERDICT_STYLES, out, progress, say, table
 from effjax.cli.inputs import (
+    Calibrating,
     Fields,
     Judging,
     ModelName,
@@ -28,7 +29,8 @@ from effjax.errors import ConfigError
 class Compress:
     """Compresses a model and shows what it cost.
 
-    With --method or --rules: writes one compressed model (safetensors, config, recipe, card) to --out.
+    With --method or --rules: writes one compressed model (safetensors, config, recipe, card) to --out, unit by unit:
+    never above --memory, and after a kill the same command goes on where it was.
 
     Without: tries 8, 4, 3 and 2 bits, 2:4 pruning and low rank side by side, judges each against the original, prints
     the table and writes all of them with report.html and report.json to --out.
@@ -37,7 +39,7 @@ class Compress:
     model: ModelName = "default"
     """Directory, hub id, or "default" for the embedded model."""
     method: OptionalName = None
-    """rtn, nf4, low_rank, hashed, magnitude or random."""
+    """rtn, nf4, low_rank, hashed, magnitude, random and others; a wrong name lists all."""
     bits: OptionalInt = None
     """Bits a weight."""
     group_size: OptionalInt = None
@@ -50,49 +52,119 @@ class Compress:
     """Directory to write; it must not exist."""
     overwrite: Switch = False
     """Replaces --out if effjax wrote it before."""
+    memory: OptionalText = None
+    """Most memory that the whole process may take, such as 2GiB; the result is the same with any."""
+    restart: Switch = False
+    """Starts over instead of going on with what an earlier run left unfinished."""
+    shard_size: str = "4GiB"
+    """Weights above this size are written to several files."""
     evaluate: Switch = False
     """Judges a single compressed model too (the side-by-side job always does)."""
     prompt: OptionalText = None
     """Start of the text samples; "Return a" or, with --text, the first words of that text by default."""
     judging: Judging = dataclasses.field(default_factory=Judging)
+    calibrating: Calibrating = dataclasses.field(default_factory=Calibrating)
 
     def run(self) -> int:
-        from effjax.compress import Sampling, default_recipes, survey
+        from effjax.stream.work import only_naming_left
 
-        new_directory(self.out, overwrite=self.overwrite)
+        if not only_naming_left(self.out):
+            new_directory(self.out, overwrite=self.overwrite)
         recipe = make_recipe(self.method, self.rules, method_fields(self), None)
+        return self._side_by_side() if recipe is None else self._one(recipe)
+
+    def _side_by_side(self) -> int:
+        from effjax.compress import default_recipes, survey
+
+        if self.memory is not None or self.restart:
+            raise ConfigError("--memory and --restart need --method or --rules: side by side all models are in memory")
         opened = open_model(self.model)
-        model = opened.model
-        recipes = default_recipes(model.params) if recipe is None else {self.out.name: recipe}
-        recipes = {name: dataclasses.replace(r, model=opened.name) for name, r in recipes.items()}
-        judged = recipe is None or self.evaluate
-        windows = self.judging.cut(model) if judged else None
-        sampling = None
-        if judged:
-            prompt = self.prompt if self.prompt is not None else _first_words(self.judging.text)
-            sampling = Sampling(prompt=prompt, seed=self.judging.seed)
+        recipes = {
+            n: dataclasses.replace(r, model=opened.name) for n, r in default_recipes(opened.model.params).items()
+        }
+        windows = self.judging.cut(opened.model)
         with progress() as report:
-            found = survey(
-                model,
-                recipes,
-                windows,
-                text=self.judging.described() if judged else None,
-                rule=self.judging.rule(),
-                sampling=sampling,
-                batch_size=self.judging.batch_size,
-                seed=self.judging.seed,
-                progress=report,
-            )
-        (self._write_one if recipe is not None else self._write_all)(found)
+            found = survey(opened.model, recipes, windows, progress=report, **self._judging())
+        self._write_all(found)
         show(found)
-        where = self.out if recipe is not None else self.out / "report.html"
-        say(f"\nwritten: {where}")
+        say(f"\nwritten: {self.out / 'report.html'}")
         return 0
 
-    def _write_one(self, found: Any) -> None:
-        from effjax.io.checkpoint import save_checkpoint
+    def _judging(self) -> dict[str, Any]:
+        """How `survey` and `judge` judge."""
+        from effjax.compress import Sampling
 
-        save_checkpoint(self.out, found.variants[1].params, overwrite=self.overwrite, **_contents(found, 1))
+        prompt = self.prompt if self.prompt is not None else _first_words(self.judging.text)
+        return {
+            "text": self.judging.described(),
+            "rule": self.judging.rule(),
+            "sampling": Sampling(prompt=prompt, seed=self.judging.seed),
+            "batch_size": self.judging.batch_size,
+            "seed": self.judging.seed,
+        }
+
+    def _one(self, recipe: Any) -> int:
+        from effjax.compress import judge, unjudged
+        from effjax.io.checkpoint import load_checkpoint
+        from effjax.model_card import card
+        from effjax.models.hf import LoadedModel, load_model
+        from effjax.report_html.page import size
+        from effjax.stream import Job, compress_checkpoint, open_source, parse_bytes
+        from effjax.stream.memory import peak_resident, return_large_blocks_at_once
+        from effjax.stream.work import work_directory
+
+        memory = None if self.memory is None else parse_bytes(self.memory)
+        if memory is not None:
+            if self.evaluate:
+                raise ConfigError("--evaluate holds both models in memory: run effjax eval on the result of --memory")
+            return_large_blocks_at_once()
+        source = open_source(self.model)
+        recipe = dataclasses.replace(recipe, model=source.name)
+        shell = LoadedModel(config=source.config, params=None, tokenizer=source.tokenizer, source=source.name)
+        windows = self.judging.cut(shell) if self.evaluate else None
+        needs = any(getattr(method, "needs", None) for _, method in recipe.rules)
+        calibration = self.calibrating.cut(shell) if needs else None
+        job = Job(source=source, recipe=recipe, calibration=calibration, shard_bytes=parse_bytes(self.shard_size))
+        found: list[Any] = []
+        with progress() as report:
+
+            def finish(streamed: Any, directory: Path) -> dict[str, str]:
+                if windows is None:
+                    found.append(unjudged(shell, source.structs, streamed, recipe, self.out.name))
+                else:
+                    original = dataclasses.replace(load_model(source.directory), source=source.name)
+                    trees = {"dense": original.params, self.out.name: load_checkpoint(directory).params}
+                    recipes = {self.out.name: recipe}
+                    found.append(judge(original, trees, recipes, windows, progress=report, **self._judging()))
+                return {"README.md": card(found[0], found[0].variants[1])}
+
+            try:
+                streamed = compress_checkpoint(
+                    job,
+                    self.out,
+                    memory=memory,
+                    overwrite=self.overwrite,
+                    restart=self.restart,
+                    finish=finish,
+                    progress=report,
+                )
+            except KeyboardInterrupt:
+                kept = work_directory(self.out).exists()
+                raise KeyboardInterrupt(
+                    "interrupted; what is finished is kept: give the same command again to go on, or add --restart to "
+                    "start over"
+                    if kept
+                    else ""
+                ) from None
+        if not found:  # only the renaming was left
+            found.append(unjudged(shell, source.structs, streamed, recipe, self.out.name))
+        show(found[0])
+        if streamed.resumed:
+            say(f"\nwent on after {streamed.resumed} of {streamed.units} units that an earlier run had finished")
+        if memory is not None:
+            say(f"\npeak memory {size(peak_resident())} of {size(memory)}")
+        say(f"\nwritten: {self.out}")
+        return 0
 
     def _write_all(self, found: Any) -> None:
         from effjax.io.checkpoint import save_checkpoint
@@ -166,6 +238,9 @@ def show(found: Any) -> None:
             row += [f"{v.perplexity:.3f}" if wide else f"{v.perplexity:.5g}", *_judgement(v.comparison, wide)]
         rows.append(row)
     columns = ["model", "size", "ratio"]
+    if not judged:
+        columns += ["median error", "largest error"]
+        rows = [[*row, *_errors(v.leaves)] for row, v in zip(rows, found.variants, strict=True)]
     if judged:
         columns += ["perplexity", "ΔNLL", "95% interval", "KL", "same top-1", "verdict"] if wide else []
         columns += [] if wide else ["ppl", "ΔNLL", "95% interval", "top-1", "verdict"]
@@ -178,6 +253,12 @@ def show(found: Any) -> None:
             text = " ".join((found.sampling.prompt + v.sample).split())
             console.print(f"\n[bold]{v.name}[/bold]: ", end="")
             console.print(text, markup=False, soft_wrap=False)
+
+
+def _errors(leaves: Any) -> list[str]:
+    """The median of the relative errors of the compressed tensors, and the largest with its tensor."""
+    errors = sorted((error, leaf.path) for leaf in leaves for error in leaf.errors)
+    return [f"{errors[len(errors) // 2][0]:.4f}", f"{errors[-1][0]:.4f} ({errors[-1][1]})"] if errors else ["", ""]
 
 
 def _judgement(comparison: Any, wide: bool) -> list[str]:

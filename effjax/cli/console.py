@@ -91,14 +91,26 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+_QUIET = 2.0  # seconds between two lines about one stage
+
+
 def _lines() -> Callable[[str, int, int], None]:
-    started: dict[str, float] = {}
+    started: dict[str, tuple[float, int]] = {}
+    last: dict[str, float] = {}
 
     def report(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
         if stage not in started:
-            started[stage] = time.monotonic()
-            say(f"{stage} ...")
+            started[stage], last[stage] = (now, done), now
+            say(f"{stage} ..." if not done else f"{stage}: {done} of {total} were done before ...")
+            if done < total:
+                return
+        begin, before = started[stage]
         if done == total:
-            say(f"{stage}: {total} done in {time.monotonic() - started[stage]:.1f} s")
+            say(f"{stage}: {total} done in {now - begin:.1f} s")
+        elif now - last[stage] >= _QUIET:
+            last[stage] = now
+            left = (now - begin) / (done - before) * (total - done) if done > before else None
+            say(f"{stage}: {done} of {total}" + ("" if left is None else f", {left:.0f} s left"))
 
     return report

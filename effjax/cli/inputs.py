@@ -98,49 +98,116 @@ class Judging:
         """Evaluation windows for `model`."""
         from effjax.evaluate import windows_from_text
 
-        config = model.config
-        if model.tokenizer is None:
-            raise ConfigError(
-                f"{model.source}: has no tokenizer.json, so no text can be read; put one into the directory"
-            )
+        config, options = model.config, _text_options(model)
         length = min(256, config.max_position_embeddings) if self.window_length is None else self.window_length
         if length > config.max_position_embeddings:
             raise ConfigError(
                 f"--window-length {length} is more than the {config.max_position_embeddings} positions of "
                 f"{model.source}: choose at most {config.max_position_embeddings}"
             )
-        ends = [*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id])]
         windows = windows_from_text(
-            model.tokenizer,
-            self._documents(),
-            length=length,
-            max_windows=self.windows,
-            bos=config.bos_token_id,
-            separator=ends,
+            model.tokenizer, self._documents(), length=length, max_windows=self.windows, **options
         )
         if len(windows) < 2:
             raise CalibrationError(
                 f"an interval needs at least 2 windows, got {len(windows)}: give more text or --windows"
             )
-        if windows.max() >= config.vocab_size:
-            raise ConfigError(
-                f"{model.source}: the tokenizer makes token {windows.max()}, but vocab_size is {config.vocab_size}: "
-                "take the tokenizer.json that belongs to the model"
-            )
+        _check_tokens(windows, model)
         return windows
 
     def _documents(self) -> str | list[str]:
         from effjax.data import python_docs
 
-        if self.text is None:
-            return python_docs.documents("heldout")
-        try:
-            text = self.text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{self.text} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        if not text.strip():
-            raise CalibrationError(f"{self.text} is empty: give a text of at least two windows")
-        return text
+        return python_docs.documents("heldout") if self.text is None else _read_text(self.text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrating:
+    """Texts that methods with statistics are calibrated on."""
+
+    calibration: OptionalFile = None
+    """UTF-8 text; the training part of the Python documentation by default."""
+    calibration_windows: int = 128
+    """How many windows to take from the text, at random."""
+    calibration_length: OptionalInt = None
+    """Tokens in a window; 2048 by default, or as many as the model was made for."""
+    calibration_seed: int = 0
+    """Of the choice of windows."""
+
+    def length(self, model: Any) -> int:
+        """Tokens in a window for `model`."""
+        positions = model.config.max_position_embeddings
+        length = min(2048, positions) if self.calibration_length is None else self.calibration_length
+        if not 2 <= length <= positions:
+            raise ConfigError(
+                f"--calibration-length {length}: {model.source} has {positions} positions, choose from 2 to {positions}"
+            )
+        if self.calibration_windows < 1:
+            raise ConfigError(f"--calibration-windows {self.calibration_windows}: at least one")
+        return length
+
+    def cut(self, model: Any) -> np.ndarray:
+        """Calibration windows for `model`, `int32[windows, length]`."""
+        from effjax.evaluate import windows_from_text
+
+        options = {**_text_options(model), "length": self.length(model)}
+        rng = np.random.default_rng(self.calibration_seed)
+        if self.calibration is not None:
+            found = windows_from_text(model.tokenizer, _read_text(self.calibration), **options)
+            found = found[np.sort(rng.permutation(len(found))[: self.calibration_windows])]
+        else:
+            found = self._from_documents(model, rng, options)
+        _check_tokens(found, model)
+        return found
+
+    def _from_documents(self, model: Any, rng: np.random.Generator, options: dict[str, Any]) -> np.ndarray:
+        """Documents in random order, of which no more are tokenised than it takes."""
+        from effjax.data import python_docs
+        from effjax.evaluate import windows_from_text
+
+        documents = python_docs.documents("train")
+        order = rng.permutation(len(documents))
+        ends = np.cumsum([len(documents[i]) for i in order])
+        letters = 4 * self.calibration_windows * options["length"]
+        while True:
+            count = int(np.searchsorted(ends, letters)) + 1
+            found = windows_from_text(
+                model.tokenizer,
+                [documents[i] for i in order[:count]],
+                max_windows=self.calibration_windows,
+                keep="first",
+                **options,
+            )
+            if len(found) == self.calibration_windows or count >= len(documents):
+                return found
+            letters *= 2
+
+
+def _text_options(model: Any) -> dict[str, Any]:
+    """How texts become windows of `model`."""
+    config = model.config
+    if model.tokenizer is None:
+        raise ConfigError(f"{model.source}: has no tokenizer.json, so no text can be read; put one into the directory")
+    ends = [*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id])]
+    return {"bos": config.bos_token_id, "separator": ends}
+
+
+def _check_tokens(windows: np.ndarray, model: Any) -> None:
+    if windows.max() >= model.config.vocab_size:
+        raise ConfigError(
+            f"{model.source}: the tokenizer makes token {windows.max()}, but vocab_size is {model.config.vocab_size}: "
+            "take the tokenizer.json that belongs to the model"
+        )
+
+
+def _read_text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text.strip():
+        raise CalibrationError(f"{file} is empty: give a text of at least two windows")
+    return text
 
 
 def make_recipe(method: str | None, rules: Path | None, flags: dict[str, Any], name: str | None) -> Any:

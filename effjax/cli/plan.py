@@ -5,7 +5,19 @@ import re
 from typing import Any
 
 from effjax.cli.console import out, table
-from effjax.cli.inputs import Fields, ModelName, OptionalFile, OptionalInt, OptionalName, Switch, make_recipe, to_json
+from effjax.cli.inputs import (
+    Calibrating,
+    Fields,
+    ModelName,
+    OptionalFile,
+    OptionalInt,
+    OptionalName,
+    OptionalText,
+    Switch,
+    make_recipe,
+    to_json,
+)
+from effjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +31,7 @@ class PlanCommand:
     model: ModelName = "default"
     """Directory with a config.json, hub id, or "default"."""
     method: OptionalName = None
-    """rtn, nf4, low_rank, hashed, magnitude or random."""
+    """rtn, nf4, low_rank, hashed, magnitude, random and others; a wrong name lists all."""
     bits: OptionalInt = None
     """Bits a weight."""
     group_size: OptionalInt = None
@@ -30,10 +42,13 @@ class PlanCommand:
     """A recipe file instead of --method."""
     dtype: OptionalName = None
     """Of the original; config.json decides by default."""
+    memory: OptionalText = None
+    """Says what `effjax compress --memory` would take, such as 2GiB, or refuses as it would."""
     all: Switch = False
     """Lists every tensor instead of one row for all layers."""
     json: Switch = False
     """Prints JSON."""
+    calibrating: Calibrating = dataclasses.field(default_factory=Calibrating)
 
     def run(self) -> int:
         from effjax.cli.compress import method_fields
@@ -45,6 +60,8 @@ class PlanCommand:
         params = abstract_params(config, dtype=self.dtype or dtype or "float32")
         recipe = make_recipe(self.method, self.rules, method_fields(self), name)
         if recipe is None:
+            if self.memory is not None:
+                raise ConfigError("--memory needs --method or --rules: side by side all models are in memory")
             plans = {"dense": plan(params, None)}
             plans |= {title: plan(params, recipe) for title, recipe in default_recipes(params).items()}
             if self.json:
@@ -56,8 +73,9 @@ class PlanCommand:
             out().print(table(("variant", "size", "bytes", "ratio", "peak memory"), rows, title=name))
             return 0
         found = plan(params, recipe)
+        stream = None if self.memory is None else self._stream(config, params, recipe, name)
         if self.json:
-            print(to_json(found.to_dict()), end="")
+            print(to_json(found.to_dict() | ({} if stream is None else {"stream": stream})), end="")
             return 0
         rows = [
             (path, "x".join(map(str, shape)), kind, count, f"{before:,}", f"{after:,}")
@@ -69,7 +87,24 @@ class PlanCommand:
             f"\n{size(found.before)} -> {size(found.after)} ({found.ratio:.2f} times smaller), "
             f"peak memory {size(found.peak)} and some 0.5 GB for the program itself"
         )
+        if stream is not None:
+            console.print(
+                f"with --memory {self.memory}: {stream['units']} units, peak memory {size(stream['peak'])} of the "
+                f"whole process; the least budget is {size(stream['least'])}"
+            )
         return 0
+
+    def _stream(self, config: Any, params: Any, recipe: Any, name: str) -> dict[str, int]:
+        """Units, peak and least budget of compressing on disk."""
+        from effjax.models.hf import LoadedModel
+        from effjax.paths import leaves_with_paths
+        from effjax.stream import make_schedule, parse_bytes
+
+        shell = LoadedModel(config=config, params=None, tokenizer=None, source=name)
+        windows = self.calibrating.calibration_windows, self.calibrating.length(shell)
+        memory = parse_bytes(self.memory or "")
+        found = make_schedule(config, dict(leaves_with_paths(params)), recipe, windows=windows, memory=memory)
+        return {"units": len(found.units), "peak": found.peak, "least": found.least}
 
 
 def _grouped(rows: Any, every: bool) -> dict[tuple[str, tuple[int, ...], str], tuple[int, int, int]]:

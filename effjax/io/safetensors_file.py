@@ -87,7 +87,7 @@ class TensorEntry:
 
 def raw_bytes(x: np.ndarray) -> memoryview:
     """The bytes of a contiguous array, not copied."""
-    return memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
 
 
 def layout(
