@@ -17,16 +17,17 @@ from effjax.errors import LeafError
 
 @register
 class Codebook(CompressedArray):
-    """`W[i, o] = scales[s(i), o] * tables[g(i), c(o), code[i, o]]`, groups of consecutive inputs and outputs.
+    """`W[i, o] = scales[s(i), o] / global_scale * tables[g(i), c(o), code[i, o]]`, in groups of inputs and outputs.
 
     Attributes:
         codes: packed codes, `uint8[*L, ceil(in * bits / 8), out]`.
         tables: `float[*L, in_groups, out_groups, entries]` with 2 to 256 entries; `out_groups = out` is a table a
             column (LeanQuant, SqueezeLLM), `in_groups = out_groups = 1` one table for the matrix (NF4).
-        scales: `float[*L, groups, out]`, or None where the tables hold the values themselves.
+        scales: `float[*L, groups, out]`, or None where the tables hold the values themselves. Eight-bit floats too.
         bits: bits of a code, at least `log2(entries)`.
         pad: codes that fill the last byte of a column.
         dtype: dtype of the materialised weight.
+        global_scale: `float32[*L, 1, 1]` that `scales` are divided by (the second level of NVFP4), or None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,6 +43,7 @@ class Codebook(CompressedArray):
     bits: int = static()
     pad: int = static(default=0)
     dtype: np.dtype = static(default=np.dtype("float32"))
+    global_scale: Float[Array, "*L 1 1"] | None = None
 
     @classmethod
     def from_codes(
@@ -51,6 +53,7 @@ class Codebook(CompressedArray):
         scales: Float[Array, "*L groups out"] | None = None,
         *,
         dtype: Any,
+        global_scale: Float[Array, "*L 1 1"] | None = None,
     ) -> "Codebook":
         """Packs codes in `[0, entries)` with as many bits as the table needs.
 
@@ -67,7 +70,15 @@ class Codebook(CompressedArray):
             raise LeafError(f"{scales.shape[-2]} groups of scales do not divide {n} inputs")
         bits = (entries - 1).bit_length()
         pad = packed_size(n, bits) * 8 // bits - n
-        return cls(codes=pack(codes, bits), tables=tables, scales=scales, bits=bits, pad=pad, dtype=np.dtype(dtype))
+        return cls(
+            codes=pack(codes, bits),
+            tables=tables,
+            scales=scales,
+            bits=bits,
+            pad=pad,
+            dtype=np.dtype(dtype),
+            global_scale=global_scale,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,19 +86,26 @@ class Codebook(CompressedArray):
         return (*lead, size * 8 // self.bits - self.pad, out)
 
     def materialize(self) -> jax.Array:
-        return _look_up(unpack(self.codes, self.bits, self.shape[-2]), self.tables, self.scales, self.dtype)
+        return _look_up(unpack(self.codes, self.bits, self.shape[-2]), self.tables, self.float_scales(), self.dtype)
+
+    def float_scales(self) -> jax.Array | None:
+        """Scales as they multiply the table's values, `float32[*L, groups, out]`, or None."""
+        if self.scales is None:
+            return None
+        scales = self.scales.astype(jnp.float32)
+        return scales if self.global_scale is None else scales / self.global_scale
 
     def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
         count = self.shape[-2] // size
         grouped_tables = self.tables.shape[-3] > 1
-        parts = {"codes": cut_rows(self.codes, count)}
+        parts, whole_scales = {"codes": cut_rows(self.codes, count)}, self.float_scales()
         if grouped_tables:
             parts["tables"] = cut_rows(self.tables, count)
-        if self.scales is not None and self.scales.shape[-2] > 1:
-            parts["scales"] = cut_rows(self.scales, count)
+        if whole_scales is not None and whole_scales.shape[-2] > 1:
+            parts["scales"] = cut_rows(whole_scales, count)
 
         def dense(tile: dict[str, jax.Array]) -> jax.Array:
-            tables, scales = tile.get("tables", self.tables), tile.get("scales", self.scales)
+            tables, scales = tile.get("tables", self.tables), tile.get("scales", whole_scales)
             return _look_up(unpack(tile["codes"], self.bits, size), tables, scales, self.dtype)
 
         return parts, dense
@@ -110,7 +128,8 @@ class Codebook(CompressedArray):
         in_groups, out_groups, _ = self.tables.shape[-3:]
         tables = P(*lead, rows if in_groups > 1 else None, out if out_groups > 1 else None, None)
         scales = None if self.scales is None else P(*lead, rows if self.scales.shape[-2] > 1 else None, out)
-        return {"codes": P(*lead, rows, out), "tables": tables, "scales": scales}
+        top = None if self.global_scale is None else P(*lead, None, None)
+        return {"codes": P(*lead, rows, out), "tables": tables, "scales": scales, "global_scale": top}
 
 
 def _look_up(codes: jax.Array, tables: jax.Array, scales: jax.Array | None, dtype: np.dtype) -> jax.Array:

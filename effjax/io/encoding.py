@@ -12,11 +12,14 @@ from effjax.errors import CheckpointError, LeafError
 from effjax.paths import path_str
 
 KINDS: tuple[type[CompressedArray], ...] = (
+    arrays.Adapter,
     arrays.Codebook,
     arrays.Hashed,
     arrays.LowRank,
     arrays.NMSparse,
+    arrays.Permuted,
     arrays.Quantized,
+    arrays.RowScaled,
     arrays.Sum,
     arrays.View,
 )
@@ -127,6 +130,8 @@ def _decode_leaf(name: str, entry: Mapping[str, Any], rest: dict[str, Any]) -> C
             fields[field] = None
         else:
             fields[field] = rest.pop(f"{name}.{field}", None)
+            if fields[field] is None and declared.default is None:
+                continue  # a field that files of an earlier version do not know; the tensors' hashes tell a lost one
             if fields[field] is None:
                 raise CheckpointError(f"{name}.{field} is missing: a {kind.__name__} leaf cannot be read without it")
     return kind(**fields)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from effjax import _compat
 from effjax.arrays.base import CompressedArray
 from effjax.arrays.low_rank import LowRank
+from effjax.arrays.permuted import Permuted
+from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sum import Sum
 from effjax.ops.platform import platform_operation
 
@@ -65,6 +67,17 @@ def matmul(
         thin = jnp.matmul(x, first, precision=precision, preferred_element_type=jnp.float32)
         wide = jnp.matmul(thin.astype(x.dtype), second, precision=precision, preferred_element_type=jnp.float32)
         return wide.astype(out_dtype)
+    if isinstance(w, RowScaled | Permuted):
+        # The inputs are brought to the stored rows before a product, or the results from them after a transposed one.
+        if transpose:
+            y = matmul(x, w.array, transpose=True, precision=precision, out_dtype=jnp.float32)
+            y = y * w.row_scales.astype(jnp.float32) if isinstance(w, RowScaled) else jnp.take(y, w.places, axis=-1)
+            return y.astype(out_dtype)
+        if isinstance(w, RowScaled):
+            x = (x.astype(jnp.float32) * w.row_scales.astype(jnp.float32)).astype(x.dtype)
+        else:
+            x = jnp.take(x, w.order, axis=-1)
+        return matmul(x, w.array, precision=precision, out_dtype=out_dtype, implementation=implementation)
     return _matmul(x, w, transpose, precision, out_dtype, implementation)
 
 

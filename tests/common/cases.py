@@ -109,6 +109,26 @@ def quantized_plus_low_rank(w: jax.Array) -> arrays.Sum:
     return arrays.Sum(parts=(ej.quantize.RTN(bits=2, group_size=32).quantize(w), low_rank(4)(w)))
 
 
+def row_scaled(w: jax.Array) -> arrays.RowScaled:
+    scales = 0.5 + jnp.arange(w.shape[-2], dtype=jnp.float32) / w.shape[-2]
+    array = ej.quantize.RTN(bits=4, group_size=16).quantize(w)
+    return arrays.RowScaled(array=array, row_scales=jnp.broadcast_to(scales, w.shape[:-1]))
+
+
+def permuted(w: jax.Array) -> arrays.Permuted:
+    *lead, n, _ = w.shape
+    order = jax.random.permutation(jax.random.key(5), n).astype(jnp.int32)
+    array = ej.quantize.RTN(bits=4, group_size=16).quantize(jnp.take(w, order, axis=-2))
+    return arrays.Permuted(array=array, order=jnp.broadcast_to(order, (*lead, n)))
+
+
+def two_levels(w: jax.Array) -> arrays.Codebook:
+    """Scales of eight bits under one of 32, as NVFP4 has them."""
+    plain = codebook(16, 1, 1, 8)(w)
+    top = jnp.full((*w.shape[:-2], 1, 1), 3.0, jnp.float32)
+    return plain.replace(scales=plain.scales.astype(jnp.float8_e4m3fn), global_scale=top)
+
+
 def seen_as(dims: tuple[int, ...], in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> Callable[..., Any]:
     def make(w: jax.Array) -> arrays.CompressedArray:
         compressed = ej.quantize.RTN(bits=4, group_size=16).quantize(w)
@@ -147,6 +167,9 @@ ARRAYS = (
         shared_bytes=4 * (128 + 32),
         sharded=(-1,),  # its four 2-bit zero points are one byte
     ),
+    ArrayCase(name="two levels of scales", make=two_levels, matrix_bytes=64 * 32 + 4 * 16 + 8 * 32 + 4),
+    ArrayCase(name="row scaled", make=row_scaled, matrix_bytes=(64 + 8 * 2 + 4) * 32 + 4 * 128),
+    ArrayCase(name="permuted", make=permuted, matrix_bytes=(64 + 8 * 2 + 4) * 32 + 4 * 128, sharded=(-1,)),
     ArrayCase(
         name="query kernel",
         make=seen_as((128, 4, 8), (-3,), (-2, -1)),
@@ -271,6 +294,7 @@ METHODS = (
         rtn2_mse=ej.quantize.RTN(bits=2, group_size=None, clip="mse", steps=8),
         rtn1=ej.quantize.RTN(bits=1, group_size=16, symmetric=True),
         nf4=ej.quantize.NF4(block_size=32),
+        kmeans3_groups=ej.quantize.DKM(bits=3, group_columns=8),
     ),
     *_methods(
         ej.sketch_params,
