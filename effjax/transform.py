@@ -32,14 +32,27 @@ class Method:
         needs_key: whether it draws random numbers.
         sums: whether the result depends on the order of sums over a matrix. Then the two matrix axes of a sharded
             weight are gathered first, one weight at a time, so that the bytes are those of a single device.
+        joint: whether weights that saw the same inputs are compressed together, by `compress_jointly`.
     """
 
     needs: frozenset[str] = frozenset()
     needs_key: bool = False
     sums: bool = False
+    joint: bool = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises LeafError when a weight `[*L, in, out]` of this shape cannot be taken."""
+
+    def prepare(self, stats: InputStats) -> InputStats:
+        """What depends on the inputs alone, as `stats.factor`: made once for all weights that saw the same inputs."""
+        return stats
+
+    def compress_jointly(
+        self, weights: list[jax.Array], *, stats: list[InputStats | None], keys: list[jax.Array | None]
+    ) -> list[Any]:
+        """The compressed arrays of weights that saw the same inputs."""
+        compress = self.compress  # type: ignore[attr-defined]
+        return [compress(w, stats=s, key=k) for w, s, k in zip(weights, stats, keys, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,17 +161,59 @@ def _stats_by_path(stats: PyTree | None) -> dict[str, InputStats]:
     return {**short, **by_path}
 
 
-def compress_leaves(leaves: dict[str, Leaf], params: PyTree) -> PyTree:
+def compress_leaves(
+    leaves: dict[str, Leaf], params: PyTree, progress: Callable[[int, int], None] | None = None
+) -> PyTree:
     """`params` with every selected leaf replaced by `method.compress(matrix, stats, key)`.
+
+    Leaves whose statistics are the same arrays are done one after the other, so that what a method prepares from them
+    is made once; those of a `joint` method are done together. `progress` is called with the leaves done, and all.
 
     Raises:
         LeafError: a field of the result overflows its dtype (seen on concrete arrays).
     """
-    return map_with_paths(lambda path, x: _compress(leaves[path]) if path in leaves else x, params)
+    done: dict[str, CompressedArray] = {}
+    for group in _groups(leaves):
+        prepared = _prepared(group)
+        together = [prepared] if prepared[0].method.joint else [[leaf] for leaf in prepared]
+        for part in together:
+            arrays = on_shards(part, partial(_compressed, tuple(leaf.how for leaf in part)))
+            done |= {leaf.path: _checked(leaf, array) for leaf, array in zip(part, arrays, strict=True)}
+            if progress is not None:
+                progress(len(done), len(leaves))
+    return map_with_paths(lambda path, x: done.get(path, x), params)
 
 
-def _compress(leaf: Leaf) -> CompressedArray:
-    (array,) = on_shards([leaf], partial(_compressed, (leaf.how,)))
+def _groups(leaves: dict[str, Leaf]) -> list[list[Leaf]]:
+    """The leaves by method and inputs, in the order of their first members."""
+    groups: dict[Any, list[Leaf]] = {}
+    for leaf in leaves.values():
+        source = leaf.stats.source if leaf.stats is not None and leaf.stats.source else leaf.path
+        groups.setdefault((leaf.method, source), []).append(leaf)
+    return list(groups.values())
+
+
+def _prepared(group: list[Leaf]) -> list[Leaf]:
+    """The leaves with their statistics prepared, and without the name of the source: programs are shared by layers."""
+    first = group[0]
+    if first.stats is None:
+        return group
+    plain = [dataclasses.replace(leaf.stats, source="") for leaf in group if leaf.stats is not None]
+    mesh = jax.sharding.get_abstract_mesh()
+    here = not any(map(_compat.is_tracer, jax.tree.leaves(plain[0]))) and AxisType.Explicit not in mesh.axis_types
+    if here and type(first.method).prepare is not Method.prepare:
+        factor = _prepare(first.method, dataclasses.replace(plain[0], fisher_sum=None, examples=None)).factor
+        plain = [dataclasses.replace(stats, factor=factor) for stats in plain]
+    return [dataclasses.replace(leaf, stats=stats) for leaf, stats in zip(group, plain, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _prepare(method: Any, stats: InputStats) -> InputStats:
+    return method.prepare(stats)
+
+
+def _checked(leaf: Leaf, array: CompressedArray) -> CompressedArray:
+    """The result, after a look at its values where they can be seen."""
     fields = [x for x in jax.tree.leaves(array) if jnp.issubdtype(x.dtype, jnp.floating)]
     if not any(map(_compat.is_tracer, fields)) and not all(map(all_finite, fields)):
         stored = getattr(leaf.method, "scale_dtype", None)
@@ -173,9 +228,12 @@ def _compress(leaf: Leaf) -> CompressedArray:
 @partial(jax.jit, static_argnums=0)
 def _compressed(how: tuple[How, ...], inputs: list[Inputs]) -> list[CompressedArray]:
     """One compiled program a method and shape."""
+    folded = [fold(w, in_axes, out_axes) for (_, in_axes, out_axes), (w, _, _) in zip(how, inputs, strict=True)]
+    _, stats, keys = zip(*inputs, strict=True)
+    arrays = how[0][0].compress_jointly(folded, stats=list(stats), keys=list(keys))
     return [
-        unfold(method.compress(fold(w, *axes), stats=stats, key=key), w.shape, *axes)
-        for (method, *axes), (w, stats, key) in zip(how, inputs, strict=True)
+        unfold(array, w.shape, in_axes, out_axes)
+        for array, (_, in_axes, out_axes), (w, _, _) in zip(arrays, how, inputs, strict=True)
     ]
 
 

@@ -285,8 +285,8 @@ def test_empty_set(params):
 
 
 def test_unknown_need(params):
-    with pytest.raises(CalibrationError, match=r"needs=\['fisher'\] is unknown: choose of \('second_moment', "):
-        ej.calibrate(mlp, params, [normal(4, 16)], needs=("fisher", "norm"))
+    with pytest.raises(CalibrationError, match=r"needs=\['hessian'\] is unknown: choose of \('second_moment', "):
+        ej.calibrate(mlp, params, [normal(4, 16)], needs=("hessian", "norm"))
 
 
 def test_where_that_selects_nothing(params):
@@ -330,3 +330,80 @@ def test_inside_shard_map(params):
 
     with pytest.raises(CalibrationError, match="calibrate cannot look inside shard_map"):
         ej.calibrate(model, params, [normal(8, 16)])
+
+
+def qkv(params, x):
+    heads = [x @ params[name]["kernel"] for name in ("q", "k", "v")]
+    return jnp.tanh(sum(heads)) @ params["out"]["kernel"]
+
+
+def qkv_params():
+    return {name: {"kernel": normal(16, 16, seed=i)} for i, name in enumerate(("q", "k", "v", "out"))}
+
+
+def test_weights_of_one_input_share_their_sums():
+    params, batches = qkv_params(), [normal(4, 16, seed=i) for i in range(2)]
+    stats = ej.calibrate(qkv, params, batches, needs=ALL)
+    first = stats["q"]["kernel"]
+    for name in ("k", "v"):
+        other = stats[name]["kernel"]
+        assert other.source == first.source == "q/kernel"
+        assert other.outer_sum is first.outer_sum and other.abs_sum is first.abs_sum and other.count is first.count
+    assert stats["out"]["kernel"].source == "out/kernel"
+    assert stats["out"]["kernel"].outer_sum is not first.outer_sum
+    total = ej.add_stats(stats, ej.calibrate(qkv, params, [normal(4, 16, seed=2)], needs=ALL))
+    assert total["v"]["kernel"].outer_sum is total["q"]["kernel"].outer_sum
+    check(total["k"]["kernel"], jnp.concatenate([*batches, normal(4, 16, seed=2)]))
+
+
+def test_sums_of_other_sources_are_not_shared():
+    """Statistics that met in one case and not in the other: nothing is said of their source."""
+    params = {"a": {"kernel": normal(16, 4)}, "b": {"kernel": normal(16, 4, seed=1)}}
+
+    def same(p, x, y):
+        return x @ p["a"]["kernel"] + x @ p["b"]["kernel"]
+
+    def apart(p, x, y):
+        return x @ p["a"]["kernel"] + y @ p["b"]["kernel"]
+
+    x, y = normal(8, 16, seed=2), normal(8, 16, seed=3)
+    total = ej.add_stats(ej.calibrate(same, params, [(x, y)]), ej.calibrate(apart, params, [(x, y)]))
+    assert total["b"]["kernel"].source == ""
+    moment = (x.T @ x + y.T @ y) / 16
+    np.testing.assert_allclose(total["b"]["kernel"].second_moment, moment, rtol=1e-4, atol=1e-5)
+
+
+def test_fisher_is_the_mean_of_squared_gradients(params):
+    def loss(p, x, y):
+        return jnp.square(mlp(p, x) - y).sum()
+
+    x, y = normal(6, 16), normal(6, 8, seed=1)
+    stats = ej.calibrate(
+        lambda p, x, y: mlp(p, x), params, [(x[:4], y[:4]), (x[4:], y[4:])], needs=("fisher", "norm"), loss=loss
+    )
+    gradients = [jax.grad(loss)(params, x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    for name in ("up", "down"):
+        wanted = np.mean([np.square(g[name]["kernel"]) for g in gradients], axis=0)
+        np.testing.assert_allclose(stats[name]["kernel"].fisher, wanted, rtol=1e-4, atol=1e-6)
+        assert float(stats[name]["kernel"].examples) == 6
+
+
+def test_fisher_of_a_layout_that_is_not_a_matrix():
+    """Axes as they are contracted: `[out, in]` here."""
+    params = {"kernel": normal(4, 16)}
+
+    def loss(p, x):
+        return jnp.sin(x @ p["kernel"].T).sum()
+
+    stats = ej.calibrate(lambda p, x: x @ p["kernel"].T, params, [normal(3, 16)], needs=("fisher",), loss=loss)
+    assert stats["kernel"].fisher.shape == (16, 4)
+    wanted = np.mean([np.square(jax.grad(loss)(params, row[None])["kernel"]) for row in normal(3, 16)], axis=0)
+    np.testing.assert_allclose(stats["kernel"].fisher, wanted.T, rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_needs_a_loss_and_dense_weights(params):
+    with pytest.raises(CalibrationError, match=r'needs "fisher" are gradients of a loss: pass loss='):
+        ej.calibrate(mlp, params, [normal(4, 16)], needs=("fisher",))
+    packed = ej.quantize_params(params, ej.quantize.RTN(bits=8, group_size=None), where="down/*")
+    with pytest.raises(CalibrationError, match="down/kernel is compressed: gather fisher before compressing"):
+        ej.calibrate(mlp, packed, [normal(4, 16)], needs=("fisher",), loss=lambda p, x: mlp(p, x).sum())
