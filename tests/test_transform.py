@@ -93,3 +93,51 @@ def test_vmap_over_a_whole_tree():
         single = ej.sketch_params({"kernel": stacked["kernel"][i]}, method, key=keys[i])
         assert_same_bytes(jax.tree.map(lambda x, i=i: x[i], drawn), single)
     assert jnp.unique(drawn["kernel"].seed).size == 3
+
+
+def test_what_inputs_share_is_prepared_once():
+    """Queries, keys and values of a layer: one factor; layers of one shape: one program."""
+    calls = {"prepare": 0, "compress": 0, "run": 0}
+
+    class Counted(ej.quantize.GPTQ):
+        def prepare(self, stats):
+            calls["prepare"] += 1
+            return super().prepare(stats)
+
+        def compress(self, w, *, stats, key=None):
+            calls["compress"] += 1
+            assert stats.factor is not None and stats.source == ""
+            return super().compress(w, stats=stats)
+
+    params = {f"layers_{i}": {n: {"kernel": weight(32, 8, (), "float32", i)} for n in "qkv"} for i in range(5)}
+
+    def fn(p, x):
+        for layer in p.values():
+            x = x + jnp.tile(sum(x @ layer[n]["kernel"] for n in "qkv"), 4)
+        return x
+
+    stats = ej.calibrate(fn, params, [jax.random.normal(jax.random.key(0), (64, 32))])
+    result = ej.quantize_params(params, Counted(bits=4, group_size=16), stats=stats)
+    assert (calls["prepare"], calls["compress"]) == (1, 1)
+    assert_same_bytes(result, ej.quantize_params(params, ej.quantize.GPTQ(bits=4, group_size=16), stats=stats))
+
+
+def test_joint_methods_get_the_weights_of_one_input_together():
+    seen = []
+
+    class Joint(ej.quantize.RTN):
+        joint = True
+
+        def compress_jointly(self, weights, *, stats, keys):
+            seen.append([w.shape for w in weights])
+            return super().compress_jointly(weights, stats=stats, keys=keys)
+
+    params = {n: {"kernel": weight(32, out, (), "float32")} for n, out in (("q", 8), ("k", 4), ("up", 16))}
+
+    def fn(p, x):
+        return jnp.concatenate([x @ p["q"]["kernel"], x @ p["k"]["kernel"], (2 * x) @ p["up"]["kernel"]], -1)
+
+    stats = ej.calibrate(fn, params, [jax.random.normal(jax.random.key(0), (64, 32))])
+    result = ej.quantize_params(params, Joint(bits=4, group_size=16), stats=stats)
+    assert sorted(map(len, seen)) == [1, 2]
+    assert_same_bytes(result, ej.quantize_params(params, RTN))
