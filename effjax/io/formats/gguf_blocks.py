@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.arrays.base import CompressedArray
-from effjax.arrays.packing import unpack
+from effjax.arrays.packing import packed_size
 from effjax.arrays.quantized import Quantized, centre
 from effjax.arrays.sum import Sum
 from effjax.errors import CheckpointError
+from effjax.io.formats import words
 from effjax.io.formats.gguf_types import BY_NAME, TensorType
 
 _BLOCK = 32
@@ -92,13 +93,33 @@ def _leaf(found: _Decoded) -> CompressedArray:
 
     codes, scales = inputs_first(found.codes), inputs_first(found.scales)
     if found.offsets is None:
-        return Quantized.from_codes(
-            jnp.asarray(codes), jnp.asarray(scales), None, bits=found.bits, dtype=np.dtype(np.float32)
-        )
-    zeros = jnp.zeros(scales.shape, jnp.uint8)
-    steps = Quantized.from_codes(jnp.asarray(codes), jnp.asarray(scales), zeros, bits=found.bits, dtype=np.float32)
-    ones, offsets = jnp.ones(codes.shape, jnp.uint8), jnp.asarray(inputs_first(found.offsets))
-    return Sum(parts=(steps, Quantized.from_codes(ones, offsets, zeros, bits=1, dtype=np.float32)))
+        return _quantized(codes, scales, None, found.bits)
+    zeros = np.zeros(scales.shape, np.uint8)
+    ones = np.ones(codes.shape, np.uint8)
+    steps = _quantized(codes, scales, zeros, found.bits)
+    return Sum(parts=(steps, _quantized(ones, inputs_first(found.offsets), zeros, 1)))
+
+
+def _quantized(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int) -> Quantized:
+    """`Quantized.from_codes` on the host: nothing is compiled for every shape of a file."""
+    return Quantized(
+        codes=jnp.asarray(_packed(codes, bits)),
+        scales=jnp.asarray(scales),
+        zeros=None if zeros is None else jnp.asarray(_packed(zeros, bits)),
+        bits=bits,
+        pad=packed_size(codes.shape[-2], bits) * 8 // bits - codes.shape[-2],
+        dtype=np.dtype(np.float32),
+    )
+
+
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    matrices = [words.pack(matrix, bits) for matrix in codes.reshape(-1, *codes.shape[-2:])]
+    return np.stack(matrices).reshape(*codes.shape[:-2], *matrices[0].shape)
+
+
+def _unpacked(stream: np.ndarray, bits: int, n: int) -> np.ndarray:
+    matrices = [words.unpack(matrix, bits, n) for matrix in stream.reshape(-1, *stream.shape[-2:])]
+    return np.stack(matrices).reshape(*stream.shape[:-2], n, stream.shape[-1])
 
 
 def _halves(blocks: np.ndarray, start: int) -> np.ndarray:
@@ -189,11 +210,13 @@ def steps_of(leaf: Quantized) -> tuple[np.ndarray, np.ndarray] | None:
 
     One bit around 1/2 has steps of -1 and 1 at half the scale. None where a zero point is no whole number.
     """
-    codes = np.asarray(unpack(leaf.codes, leaf.bits, leaf.shape[-2])).astype(np.int16)
+    codes = _unpacked(np.asarray(leaf.codes), leaf.bits, leaf.shape[-2]).astype(np.int16)
     scales = np.asarray(leaf.scales).astype(np.float32)
     if leaf.zeros is None:
         return (codes - int(centre(leaf.bits)), scales) if leaf.bits > 1 else (2 * codes - 1, scales / 2)
-    zeros = np.asarray(leaf.zero_points())
+    zeros = np.asarray(leaf.zeros)
+    if zeros.dtype == np.uint8:
+        zeros = _unpacked(zeros, leaf.bits, scales.shape[-2])
     if not (zeros == np.rint(zeros)).all() or np.abs(zeros).max() > 2**14:
         return None
     zeros = zeros.astype(np.int16)

@@ -269,7 +269,7 @@ def _plan(
         return data if rows is None else data[rows]
 
     def dense() -> np.ndarray:
-        values = np.asarray(leaf.materialize() if is_compressed(leaf) else leaf)
+        values = np.asarray(_materialize(leaf) if is_compressed(leaf) else leaf)
         return ordered(values.T if stored.transposed else values)
 
     def new(kind: str, data: Callable[[], np.ndarray], reason: str = "", error: float = 0.0) -> Any:
@@ -309,8 +309,13 @@ def _plan(
     data = quantize(dense(), wide)
     back = decode(BY_NAME[wide], data, name=name)
     assert isinstance(back, CompressedArray)  # a type of blocks
-    error = np.abs(np.asarray(back.materialize()).T - dense().astype(np.float32)).max()
+    error = np.abs(np.asarray(_materialize(back)).T - dense().astype(np.float32)).max()
     return new(wide, lambda: quantize(dense(), wide), reason or "", error)
+
+
+@jax.jit
+def _materialize(leaf: CompressedArray) -> jax.Array:
+    return leaf.materialize()
 
 
 def _encoded(leaf: CompressedArray, kind: str, ordered: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

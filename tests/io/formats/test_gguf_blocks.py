@@ -70,6 +70,13 @@ def weight(kind: str, block: bytes, i: int) -> np.float32:
     return half(block, 0) * f(sc) * f(q) - half(block, 2) * f(m)
 
 
+materialize = jax.jit(ej.materialize)
+
+
+def dense(leaf) -> np.ndarray:
+    return np.asarray(materialize(leaf))
+
+
 def oracle(kind: str, raw: np.ndarray) -> np.ndarray:
     """`uint8[rows, bytes]` to float32 `[rows, in]`."""
     size, n = BY_NAME[kind].nbytes, BY_NAME[kind].elements
@@ -93,18 +100,18 @@ def random_rows(kind: str, rng: np.random.Generator, shape: tuple[int, ...] = (2
 def test_every_weight_is_that_of_the_file(kind, seed):
     raw = random_rows(kind, np.random.default_rng(seed), blocks=2)
     leaf = decode(BY_NAME[kind], raw, name="w")
-    np.testing.assert_array_equal(np.asarray(leaf.materialize()).T, oracle(kind, raw))
+    np.testing.assert_array_equal(dense(leaf).T, oracle(kind, raw))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_scales_under_jit(kind):
+def test_extreme_scales(kind):
     """Subnormal, zero and largest float16 scales; a fused multiply and add may not round otherwise."""
     raw = random_rows(kind, np.random.default_rng(0), shape=(4,))
     for row, scale in enumerate((6e-8, 0.0, 65504.0, -65504.0)):
         for at in HALVES.get(kind, (0,)):
             raw[row, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
     leaf = decode(BY_NAME[kind], raw, name="w")
-    np.testing.assert_array_equal(np.asarray(jax.jit(ej.materialize)(leaf)).T, oracle(kind, raw))
+    np.testing.assert_array_equal(dense(leaf).T, oracle(kind, raw))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def test_stacked_experts(kind):
     raw = random_rows(kind, np.random.default_rng(2), (3, 2))
     leaf = decode(BY_NAME[kind], raw, name="w")
     assert leaf.shape == (3, BY_NAME[kind].elements, 2)
-    np.testing.assert_array_equal(np.asarray(leaf[1].materialize()).T, oracle(kind, raw[1]))
+    np.testing.assert_array_equal(dense(leaf[1]).T, oracle(kind, raw[1]))
 
 
 def test_golden_vector():
@@ -141,7 +148,7 @@ def test_golden_vector():
     leaf = decode(BY_NAME["Q4_0"], raw, name="w")
     assert np.asarray(leaf.scales).ravel().tolist() == [2.0]
     expected = 2.0 * (np.arange(32) // 2 + np.arange(32) % 2 - 8).clip(-8, 7)
-    assert np.asarray(leaf.materialize()).ravel().tolist() == expected.tolist()
+    assert dense(leaf).ravel().tolist() == expected.tolist()
     assert quantize(np.arange(-16, 16, dtype=np.float32)[None], "Q4_0").tobytes() == Q4_0_VECTOR
     assert encode(leaf, "Q4_0").tobytes() == Q4_0_VECTOR
 
@@ -162,7 +169,7 @@ def test_symmetric_leaves_keep_their_values(bits, kind, group):
     w = jax.random.normal(jax.random.key(bits), (128, 3))
     leaf = ej.quantize.RTN(bits=bits, group_size=group, symmetric=True).quantize(w)
     assert why_not(leaf, kind) is None
-    np.testing.assert_array_equal(oracle(kind, encode(leaf, kind)), np.asarray(leaf.materialize()).T)
+    np.testing.assert_array_equal(oracle(kind, encode(leaf, kind)), dense(leaf).T)
 
 
 def test_whole_zero_points_keep_their_values():
@@ -170,7 +177,7 @@ def test_whole_zero_points_keep_their_values():
     leaf = ej.quantize.RTN(bits=4, group_size=32, symmetric=False).quantize(w)
     assert why_not(leaf, "Q4_0") == "its steps reach from -5 to 13, Q4_0 holds -8 to 7"
     assert why_not(leaf, "Q8_0") is None
-    np.testing.assert_array_equal(oracle("Q8_0", encode(leaf, "Q8_0")), np.asarray(leaf.materialize()).T)
+    np.testing.assert_array_equal(oracle("Q8_0", encode(leaf, "Q8_0")), dense(leaf).T)
 
 
 def leaf_of(
@@ -270,5 +277,5 @@ def test_any_bits_are_refused_or_finite(kind, data):
         leaf = decode(BY_NAME[kind], raw, name="w")
     except CheckpointError:
         return
-    dense = np.asarray(ej.materialize(leaf))
-    assert dense.shape == (2 * BY_NAME[kind].elements, 2) and np.isfinite(dense).all()
+    values = dense(leaf)
+    assert values.shape == (2 * BY_NAME[kind].elements, 2) and np.isfinite(values).all()

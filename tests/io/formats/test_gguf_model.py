@@ -50,6 +50,9 @@ def make_params(config: DecoderConfig, dtype=np.float32):
 PARAMS = make_params(CONFIG)
 
 
+materialize = jax.jit(ej.materialize)
+
+
 def same(a, b) -> bool:
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
     return all(jax.tree.leaves(equal))
@@ -151,7 +154,7 @@ def test_compressed_there_and_back(tmp_path):
     leaf = model.params["layers_1"]["attention"]["k_proj"]["kernel"]
     original = qparams["layers_1"]["attention"]["k_proj"]["kernel"]
     assert isinstance(leaf, Quantized) and same(leaf, original)
-    assert same(ej.materialize(model.params), ej.materialize(qparams))
+    assert same(materialize(model.params), materialize(qparams))
     write_model(tmp_path / "stacked.gguf", CONFIG, stack_layers(qparams))
     assert same(read_model(tmp_path / "stacked.gguf").params, model.params)
 
@@ -164,12 +167,12 @@ def test_rounded_models_run_and_are_kept(tmp_path, type, head):
     assert verdicts["blk.0.ffn_up.weight"].reason == "it is dense" and verdicts["blk.0.attn_norm.weight"].exact
     model = read_model(tmp_path / "a.gguf")
     assert isinstance(model.params["embed"]["embedding"], View)
-    dense = ej.materialize(model.params)
+    dense = materialize(model.params)
     for name, part in (("blk.0.ffn_up.weight", "up_proj"), ("blk.0.ffn_down.weight", "down_proj")):
         difference = dense["layers_0"]["mlp"][part]["kernel"] - PARAMS["layers_0"]["mlp"][part]["kernel"]
         assert 0 < verdicts[name].error == float(jnp.abs(difference).max()) < 0.6
     tokens = jnp.array([[1, 5, 7, 9, 40, 3]])
-    compressed = ej.lift(model.apply)({"params": model.params}, tokens)
+    compressed = jax.jit(ej.lift(model.apply))({"params": model.params}, tokens)
     np.testing.assert_allclose(compressed, model.apply({"params": dense}, tokens), rtol=2e-3, atol=2e-3)
     assert all(v.exact for v in write_model(tmp_path / "b.gguf", model.config, model.params))
     first, second = read_gguf(tmp_path / "a.gguf").tensors, read_gguf(tmp_path / "b.gguf").tensors
@@ -203,12 +206,12 @@ def test_k_quants_are_read_exactly(tmp_path):
     assert isinstance(attention["q_proj"]["kernel"], Sum) and isinstance(attention["v_proj"]["kernel"], Quantized)
     assert isinstance(model.params["embed"]["embedding"], View)
     # Against the tensors read one by one, with the rows of the queries put in order by hand.
-    raw = np.asarray(ej.materialize(read_gguf(tmp_path / "k.gguf").tensors["blk.0.attn_q.weight"].read()))
+    raw = np.asarray(materialize(read_gguf(tmp_path / "k.gguf").tensors["blk.0.attn_q.weight"].read()))
     halves = raw.reshape(256, 4, 8, 2).swapaxes(2, 3).reshape(256, 64)
     np.testing.assert_array_equal(attention["q_proj"]["kernel"].materialize(), halves)
     tokens = jnp.array([[1, 5, 7, 9, 40, 3]])
-    compressed = ej.lift(model.apply)({"params": model.params}, tokens)
-    dense = model.apply({"params": ej.materialize(model.params)}, tokens)
+    compressed = jax.jit(ej.lift(model.apply))({"params": model.params}, tokens)
+    dense = jax.jit(model.apply)({"params": materialize(model.params)}, tokens)
     np.testing.assert_allclose(compressed, dense, rtol=1e-3, atol=1e-3)
     with pytest.raises(CheckpointError, match="blk.0.attn_q.weight: a Sum is not one scale times whole numbers"):
         write_model(tmp_path / "again.gguf", config, model.params)
