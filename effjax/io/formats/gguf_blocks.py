@@ -19,17 +19,17 @@ Layouts: ggml's `block_q4_0` and so on, as described in the documentation of GGU
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from effjax.arrays.base import CompressedArray
-from effjax.arrays.packing import packed_size
+from effjax.arrays.packing import unpack
 from effjax.arrays.quantized import Quantized, centre
 from effjax.arrays.sum import Sum
 from effjax.errors import CheckpointError
-from effjax.io.formats import words
 from effjax.io.formats.gguf_types import BY_NAME, TensorType
 
 _BLOCK = 32
@@ -93,33 +93,16 @@ def _leaf(found: _Decoded) -> CompressedArray:
 
     codes, scales = inputs_first(found.codes), inputs_first(found.scales)
     if found.offsets is None:
-        return _quantized(codes, scales, None, found.bits)
+        return _quantized(codes, scales, None, bits=found.bits)
     zeros = np.zeros(scales.shape, np.uint8)
     ones = np.ones(codes.shape, np.uint8)
-    steps = _quantized(codes, scales, zeros, found.bits)
-    return Sum(parts=(steps, _quantized(ones, inputs_first(found.offsets), zeros, 1)))
+    steps = _quantized(codes, scales, zeros, bits=found.bits)
+    return Sum(parts=(steps, _quantized(ones, inputs_first(found.offsets), zeros, bits=1)))
 
 
-def _quantized(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int) -> Quantized:
-    """`Quantized.from_codes` on the host: nothing is compiled for every shape of a file."""
-    return Quantized(
-        codes=jnp.asarray(_packed(codes, bits)),
-        scales=jnp.asarray(scales),
-        zeros=None if zeros is None else jnp.asarray(_packed(zeros, bits)),
-        bits=bits,
-        pad=packed_size(codes.shape[-2], bits) * 8 // bits - codes.shape[-2],
-        dtype=np.dtype(np.float32),
-    )
-
-
-def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    matrices = [words.pack(matrix, bits) for matrix in codes.reshape(-1, *codes.shape[-2:])]
-    return np.stack(matrices).reshape(*codes.shape[:-2], *matrices[0].shape)
-
-
-def _unpacked(stream: np.ndarray, bits: int, n: int) -> np.ndarray:
-    matrices = [words.unpack(matrix, bits, n) for matrix in stream.reshape(-1, *stream.shape[-2:])]
-    return np.stack(matrices).reshape(*stream.shape[:-2], n, stream.shape[-1])
+@partial(jax.jit, static_argnames="bits")  # one program a shape: operation by operation, each would be compiled
+def _quantized(codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, *, bits: int) -> Quantized:
+    return Quantized.from_codes(codes, scales, zeros, bits=bits, dtype=np.dtype(np.float32))
 
 
 def _halves(blocks: np.ndarray, start: int) -> np.ndarray:
@@ -205,18 +188,23 @@ _DECODERS: Mapping[str, Callable[[np.ndarray], _Decoded]] = {
 _PLAIN = ("F32", "F16", "BF16", "F64")
 
 
+@partial(jax.jit, static_argnames=("bits", "n"))
+def _unpacked(packed: jax.Array, *, bits: int, n: int) -> jax.Array:
+    return unpack(packed, bits, n)
+
+
 def steps_of(leaf: Quantized) -> tuple[np.ndarray, np.ndarray] | None:
     """Signed whole steps `int16[*L, in, out]` and float32 scales `[*L, groups, out]`: `W = scales * steps`.
 
     One bit around 1/2 has steps of -1 and 1 at half the scale. None where a zero point is no whole number.
     """
-    codes = _unpacked(np.asarray(leaf.codes), leaf.bits, leaf.shape[-2]).astype(np.int16)
+    codes = np.asarray(_unpacked(leaf.codes, bits=leaf.bits, n=leaf.shape[-2])).astype(np.int16)
     scales = np.asarray(leaf.scales).astype(np.float32)
     if leaf.zeros is None:
         return (codes - int(centre(leaf.bits)), scales) if leaf.bits > 1 else (2 * codes - 1, scales / 2)
     zeros = np.asarray(leaf.zeros)
     if zeros.dtype == np.uint8:
-        zeros = _unpacked(zeros, leaf.bits, scales.shape[-2])
+        zeros = np.asarray(_unpacked(leaf.zeros, bits=leaf.bits, n=scales.shape[-2]))
     if not (zeros == np.rint(zeros)).all() or np.abs(zeros).max() > 2**14:
         return None
     zeros = zeros.astype(np.int16)
@@ -227,6 +215,7 @@ def why_not(leaf: CompressedArray, kind: str) -> str | None:
     """Why `leaf` cannot be written as `kind` ("Q4_0" or "Q8_0") with the same values; None where it can.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> codes = jnp.zeros((32, 1), jnp.uint8)
         >>> leaf = Quantized.from_codes(codes, jnp.full((1, 1), 0.1), None, bits=4, dtype=np.float32)
         >>> why_not(leaf, "Q8_0")
@@ -254,6 +243,7 @@ def encode(leaf: Quantized, kind: str) -> np.ndarray:
     """The rows of `leaf` in blocks of `kind`, `uint8[*L, out, row bytes]`; `why_not` is None for it.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> codes = jnp.full((32, 1), 9, jnp.uint8)
         >>> leaf = Quantized.from_codes(codes, jnp.ones((1, 1), jnp.float16), None, bits=4, dtype=np.float32)
         >>> encode(leaf, "Q4_0").tobytes().hex()
