@@ -148,6 +148,11 @@ ARRAYS = (
         "q2 symmetric odd", (stream(61, 2) + 2) * 32, bits=2, symmetric=True, group_size=None, inputs=61, sharded=(-1,)
     ),
     quantized("q1 symmetric g16", (16 + 8 * 4) * 32, bits=1, symmetric=True, group_size=16, scale_dtype="float32"),
+    ArrayCase(
+        name="q4 real zeros",
+        make=ej.quantize.HQQ(bits=4, group_size=16).quantize,
+        matrix_bytes=(64 + 8 * 2 + 8 * 2) * 32,
+    ),
     ArrayCase(name="codebook per matrix", make=codebook(16, 1, 1, None), matrix_bytes=64 * 32 + 4 * 16),
     ArrayCase(name="codebook per column", make=codebook(8, 1, 32, None), matrix_bytes=48 * 32 + 4 * 8 * 32),
     ArrayCase(name="codebook per group", make=codebook(5, 4, 8, 8), matrix_bytes=(48 + 4 * 8) * 32 + 4 * 5 * 32),
@@ -245,10 +250,17 @@ def spec_of(ndim: int, dim: int) -> PartitionSpec:
     return PartitionSpec(*("tensor" if d == ndim + dim else None for d in range(ndim)))
 
 
-def statistics(inputs: int, lead: tuple[int, ...] = ()) -> InputStats:
-    """Second moments of correlated inputs."""
+def statistics(inputs: int, lead: tuple[int, ...] = (), outputs: int = 1) -> InputStats:
+    """Second moments and magnitudes of correlated inputs, and a Fisher diagonal over a few orders of magnitude."""
     x = jax.random.normal(jax.random.key(3), (*lead, 256, inputs)) @ jax.random.normal(jax.random.key(4), (inputs,) * 2)
-    return InputStats(count=jnp.full(lead, 256.0), outer_sum=x.mT @ x)
+    fisher = jnp.exp(2 * jax.random.normal(jax.random.key(5), (*lead, inputs, outputs)))
+    return InputStats(
+        count=jnp.full(lead, 256.0),
+        outer_sum=x.mT @ x,
+        abs_sum=jnp.abs(x).sum(-2),
+        fisher_sum=fisher,
+        examples=jnp.full(lead, 16.0),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,7 +290,8 @@ class MethodCase:
         if not self.method.needs:
             return None
         return map_with_paths(
-            lambda path, w: statistics(w.shape[-2], w.shape[:-2]) if path.endswith("kernel") else None, params
+            lambda path, w: statistics(w.shape[-2], w.shape[:-2], w.shape[-1]) if path.endswith("kernel") else None,
+            params,
         )
 
 
@@ -294,6 +307,14 @@ METHODS = (
         rtn2_mse=ej.quantize.RTN(bits=2, group_size=None, clip="mse", steps=8),
         rtn1=ej.quantize.RTN(bits=1, group_size=16, symmetric=True),
         nf4=ej.quantize.NF4(block_size=32),
+        fp4=ej.quantize.FP4(block_size=16, levels="bitsandbytes"),
+        nvfp4=ej.quantize.NVFP4(),
+        mxfp4=ej.quantize.MXFP4(exponent="ceil"),
+        fp8=ej.quantize.FP8(),
+        hqq3=ej.quantize.HQQ(bits=3, group_size=16),
+        awq4=ej.quantize.AWQ(bits=4, group_size=16),
+        awq3_clipped=ej.quantize.AWQ(bits=3, group_size=None, scale=False),
+        squeezellm3=ej.quantize.SqueezeLLM(bits=3),
         kmeans3_groups=ej.quantize.DKM(bits=3, group_columns=8),
     ),
     *_methods(
