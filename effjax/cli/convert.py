@@ -138,19 +138,23 @@ def _to_gguf(target: Path, model: Any, approximate: bool) -> list[Any]:
 
 
 def _show(name: str, format: str, verdicts: list[Any]) -> None:
-    """A row for each kind of tensor and what becomes of it, and the verdict on the whole."""
-    rows: dict[tuple[str, ...], list[Any]] = {}
+    """A row for each kind of tensor and what becomes of it, why some are not exact, and the verdict on the whole."""
+    rows: dict[tuple[str, str, str, str], list[Any]] = {}
+    reasons: dict[tuple[str, str], None] = {}
     for verdict in verdicts:
         group = re.sub(r"layers_\d+", "layers_*", verdict.path)
-        key = (group, verdict.held, verdict.stored, "exact" if verdict.exact else "approximate", verdict.reason)
+        key = (group, verdict.held, verdict.stored, "exact" if verdict.exact else "approximate")
         rows.setdefault(key, []).append(verdict)
+        if not verdict.exact:
+            reasons[group, verdict.reason] = None
     cells = []
-    for (group, held, stored, exact, reason), found in rows.items():
+    for (group, held, stored, exact), found in rows.items():
         errors = [one.error for one in found if one.error is not None]
         error = f"{max(errors):.3g}" if errors and exact != "exact" else ""
-        cells.append((group, str(len(found)), held, stored, exact, error, reason))
-    columns = ("tensor", "count", "held as", "stored as", "verdict", "error", "because")
+        cells.append((group, str(len(found)), held, stored, exact, error))
+    columns = ("tensor", "count", "held as", "stored as", "verdict", "largest error")
     out().print(table(columns, cells, left=len(columns)))
-    whole = all(verdict.exact for verdict in verdicts)
+    for group, reason in reasons:
+        print(f"{group}: {reason}")
     inexact = sum(not verdict.exact for verdict in verdicts)
-    print(f"{name} -> {format}: {'exact' if whole else f'approximate ({inexact} of {len(verdicts)} tensors)'}")
+    print(f"{name} -> {format}: {f'approximate ({inexact} of {len(verdicts)} tensors)' if inexact else 'exact'}")

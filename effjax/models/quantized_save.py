@@ -190,10 +190,7 @@ def _weigh(
         return dataclasses.replace(verdict, error=None), None
     rounded = nearest(leaf, format, group_size=group_size, bits=bits)
     encoded = encode(rounded, format, like=like)
-    before, after = (
-        np.asarray(x.materialize() if is_compressed(x) else x, np.float32)
-        for x in (leaf.astype(jnp.float32), rounded.astype(jnp.float32))
-    )
+    before, after = (np.asarray(_dense(x)) for x in (leaf, rounded))
     return (
         dataclasses.replace(
             verdict,
@@ -203,6 +200,11 @@ def _weigh(
         ),
         encoded,
     )
+
+
+@jax.jit
+def _dense(leaf: Any) -> jax.Array:
+    return leaf.astype(jnp.float32).materialize() if is_compressed(leaf) else leaf.astype(jnp.float32)
 
 
 def _stored_as(encoded: Encoded, name: str) -> str:

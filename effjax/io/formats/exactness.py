@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -163,7 +164,7 @@ def nearest(leaf: Any, target: Format, *, group_size: int | None = None, bits: i
     if target == "bnb-nf4":
         found: CompressedArray = bitsandbytes.nearest(np.asarray(w), BNBScheme(dtype=dtype.name), dtype=dtype)
     elif target in ("nvfp4", "mxfp4"):
-        found = (NVFP4() if target == "nvfp4" else MXFP4()).quantize(w)
+        found = _quantized(NVFP4() if target == "nvfp4" else MXFP4(), w)
     else:
         own = getattr(inner, "bits", 4) if bits is None else bits
         allowed = {"awq": (4,), "compressed-tensors": tuple(range(2, 9))}.get(target, gptq.BITS)
@@ -171,11 +172,16 @@ def nearest(leaf: Any, target: Format, *, group_size: int | None = None, bits: i
         size = _group_size(w.shape[-2], inner if group_size is None else None, group_size)
         # Version 1 of GPTQ cannot tell a zero point of 0, which an asymmetric grid may need.
         method = RTN(bits=width, group_size=size, symmetric=target == "gptq", scale_dtype="float16")
-        grid = jax.jit(method.quantize)(w)
+        grid = _quantized(method, w)
         if not bool(jnp.isfinite(grid.scales).all()):
             raise LeafError("its values are too large for float16 scales")
         found = grid
     return found.astype(dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _quantized(method: Any, w: jax.Array) -> Any:
+    return method.quantize(w)
 
 
 def _group_size(inputs: int, leaf: Any, wanted: int | None) -> int | None:
