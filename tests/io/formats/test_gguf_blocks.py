@@ -214,8 +214,8 @@ def test_rounding_is_to_the_nearest_step(kind, levels, seed):
     w = (rng.normal(size=(2, 64)) * 10.0 ** rng.integers(-3, 4, (2, 1))).astype(np.float32)
     back = oracle(kind, quantize(w, kind))
     peak = np.abs(w.reshape(2, 2, 32)).max(-1, keepdims=True).repeat(32, -1).reshape(2, 64)
-    # Half a step; Q4_0 may clip the other sign by a whole one. 2**-10: the scale is rounded to float16.
-    assert (np.abs(back - w) <= peak / levels * (0.5 if kind == "Q8_0" else 1.0) + 2.0**-10 * peak + 1e-6).all()
+    # Half a step; Q4_0 may clip the other sign by a whole one. The rest: the scale is rounded to float16.
+    assert (np.abs(back - w) <= peak / levels * (0.5 if kind == "Q8_0" else 1.0) + 2.0**-10 * peak + 5e-6).all()
 
 
 def test_rounding_of_halves_and_zeros():
