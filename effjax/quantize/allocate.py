@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from glob import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from effjax.errors import ConfigError
 from effjax.quantize.sensitivity import LeafChoices, Sensitivity
 
+CELLS = 2**26  # leaves times units of the budget up to which a table is made (a byte a cell)
 SPREAD = 1e4  # losses are scaled to this range, which puts the solver's absolute gap of 1e-6 at 1e-10 of it
 ROUNDS = 1000
 
@@ -20,8 +21,9 @@ def allocate(
 ) -> list[tuple[str, Any]]:
     """Chooses one candidate a leaf so that the bytes stay within the budget and the expected loss is least.
 
-    Exact (branch and bound, `scipy.optimize.milp`), so never worse than any uniform choice that fits, and never worse
-    with more bytes; the same input gives the same rules.
+    Exact (a multiple-choice knapsack, solved by dynamic programming, or by `scipy.optimize.milp` where the table would
+    be too large), so never worse than any uniform choice that fits, and never worse with more bytes; the same input
+    gives the same rules.
 
     Args:
         sensitivity: from `effjax.quantize.sensitivity`.
@@ -93,46 +95,80 @@ def family(method: Any, bits: Sequence[int] = (2, 3, 4, 5, 6, 8)) -> list[Any]:
 def _solve(leaves: Sequence[LeafChoices], budget: int) -> list[int]:
     """The index of the chosen candidate of every leaf.
 
-    Bytes are reduced first (the least of each leaf off, divided by what all differences share), so that the solver's
-    tolerances are far below one unit for the shapes of real models. Where they are not, a solution that breaks the
-    budget in whole numbers is cut off and the rest searched on, so the budget holds to the byte.
+    Bytes are reduced first: the least of each leaf off, divided by what all differences share. Models repeat a few
+    shapes, so what is left is usually small enough for a table over all budgets; else branch and bound decides.
     """
+    low = [min(c.nbytes for c in leaf.choices) for leaf in leaves]
+    unit = math.gcd(*(c.nbytes - least for leaf, least in zip(leaves, low, strict=True) for c in leaf.choices)) or 1
+    options = [
+        [
+            _Option(index=j, units=(c.nbytes - least) // unit, loss=c.loss)
+            for j, c in enumerate(leaf.choices)
+            if not _dominated(leaf, j)
+        ]
+        for leaf, least in zip(leaves, low, strict=True)
+    ]
+    room = min((budget - sum(low)) // unit, sum(max(o.units for o in of_leaf) for of_leaf in options))
+    solve = _by_table if room * len(leaves) <= CELLS else _by_branch_and_bound
+    return [option.index for option in solve(options, room)]
+
+
+class _Option(NamedTuple):
+    index: int
+    units: int
+    loss: float
+
+
+def _by_table(options: list[list[_Option]], room: int) -> list[_Option]:
+    """Dynamic programming: the least loss of the leaves so far within every number of units."""
+    best = np.zeros(room + 1)
+    taken = np.zeros((len(options), room + 1), np.uint8)
+    for i, of_leaf in enumerate(options):
+        totals = np.full((len(of_leaf), room + 1), np.inf)
+        for j, option in enumerate(of_leaf):
+            if option.units <= room:
+                totals[j, option.units :] = best[: room + 1 - option.units] + option.loss
+        taken[i] = totals.argmin(axis=0)
+        best = totals.min(axis=0)
+    found = []
+    for i in reversed(range(len(options))):
+        found.append(options[i][taken[i, room]])
+        room -= found[-1].units
+    return found[::-1]
+
+
+def _by_branch_and_bound(options: list[list[_Option]], room: int) -> list[_Option]:
+    """Integer programming. A solution that breaks the budget in whole numbers, by less than the solver's tolerance, is
+    cut off and the rest searched on, so the budget holds to the byte."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    owner = np.array([i for i, leaf in enumerate(leaves) for _ in leaf.choices])
-    offsets = np.concatenate([[0], np.cumsum([len(leaf.choices) for leaf in leaves])])
-    low = [min(c.nbytes for c in leaf.choices) for leaf in leaves]
-    extra = [c.nbytes - low[i] for i, leaf in enumerate(leaves) for c in leaf.choices]
-    unit = math.gcd(*extra) or 1
-    extra, room = [x // unit for x in extra], (budget - sum(low)) // unit
-    best = [min(c.loss for c in leaf.choices) for leaf in leaves]
-    cost = np.array([c.loss - best[i] for i, leaf in enumerate(leaves) for c in leaf.choices])
+    flat = [(i, option) for i, of_leaf in enumerate(options) for option in of_leaf]
+    columns = np.arange(len(flat))
+    cost = np.array([option.loss - min(o.loss for o in options[i]) for i, option in flat])
     cost *= SPREAD / (cost.max() or 1.0)
-    usable = [float(not _dominated(leaf, j)) for leaf in leaves for j in range(len(leaf.choices))]
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(leaves), len(owner)))
-    scale = max(max(extra), 1)
+    one_each = csr_array((np.ones(len(flat)), ([i for i, _ in flat], columns)), shape=(len(options), len(flat)))
+    units = np.array([[option.units for _, option in flat]], np.float64)
+    scale = max(units.max(), 1)
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(csr_array(np.array([extra], np.float64) / scale), -np.inf, room / scale),
+        LinearConstraint(csr_array(units / scale), -np.inf, room / scale),
     ]
     for _ in range(ROUNDS):
-        # Without presolve, which prints to standard output in some versions of the solver.
         found = milp(
             cost,
-            integrality=np.ones(len(owner)),
-            bounds=Bounds(0, usable),  # pyright: ignore[reportArgumentType] (its stubs know numbers alone)
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
             constraints=constraints,
             options={"mip_rel_gap": 0, "presolve": False},
         )
         if found.x is None:
             raise RuntimeError(f"the solver found no allocation: {found.message}")
-        index = [int(np.argmax(found.x[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-        if sum(extra[a + i] for a, i in zip(offsets[:-1], index, strict=True)) <= room:
-            return index
-        chosen = np.zeros((1, len(owner)))
-        chosen[0, [a + i for a, i in zip(offsets[:-1], index, strict=True)]] = 1
-        constraints.append(LinearConstraint(csr_array(chosen), -np.inf, len(leaves) - 1))
+        chosen = [max((c for c in columns if flat[c][0] == i), key=lambda c: found.x[c]) for i in range(len(options))]
+        if sum(flat[c][1].units for c in chosen) <= room:
+            return [flat[c][1] for c in chosen]
+        ones = csr_array((np.ones(len(chosen)), (np.zeros(len(chosen), int), chosen)), shape=(1, len(flat)))
+        constraints.append(LinearConstraint(ones, -np.inf, len(options) - 1))
     raise RuntimeError(f"{ROUNDS} allocations in a row broke the budget by less than the solver's tolerance")
 
 
