@@ -181,6 +181,8 @@ def parse_config(entries: Mapping[str, Any]) -> CTConfig:
         kind = group.get("format") or entries.get("format")
         scheme = _scheme(f"{at}: {name}: weights", arguments, kind)
         parsed.append((targets, dataclasses.replace(scheme, padded_words=padded)))
+    if not parsed:
+        raise ConfigError(f"{at}: config_groups: none of them says how weights are stored")
     ignore = _targets(f"{at}: ignore", entries.get("ignore") or [])
     return CTConfig(groups=tuple(parsed), ignore=ignore)
 
