@@ -70,6 +70,8 @@ def test_groups_and_tables_that_do_not_fit():
         arrays.Quantized.from_codes(codes, jnp.ones((4, 4)), None, bits=4, dtype=jnp.float32)
     with pytest.raises(LeafError, match="^bits=9: a Quantized array holds 1 to 8 bits"):
         arrays.Quantized.from_codes(codes, jnp.ones((1, 4)), None, bits=9, dtype=jnp.float32)
+    with pytest.raises(LeafError, match=r"^zero points \[2, 4\] for scales \[1, 4\]: one a scale is needed"):
+        arrays.Quantized.from_codes(codes, jnp.ones((1, 4)), jnp.ones((2, 4)), bits=4, dtype=jnp.float32)
     with pytest.raises(LeafError, match="^a codebook of 1 entries: 2 to 256 can be indexed with 1 to 8 bits"):
         arrays.Codebook.from_codes(codes, jnp.ones((1, 1, 1)), dtype=jnp.float32)
     with pytest.raises(LeafError, match="^a codebook of 257 entries"):
@@ -82,6 +84,22 @@ def test_groups_and_tables_that_do_not_fit():
         arrays.NMSparse.from_dense(jnp.ones((8, 4)), jnp.ones((8, 4), bool), n=4, m=4)
     with pytest.raises(LeafError, match="^a 2:4 pattern needs inputs divisible by 4, the matrix has 6"):
         arrays.NMSparse.from_dense(jnp.ones((6, 4)), jnp.ones((6, 4), bool), n=2, m=4)
+
+
+def test_real_zero_points():
+    """`scales * (code - zero)` with fractions for zero points: kept as they are, in whole and in tiles."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 8, (32, 5))
+    scales, zeros = (rng.standard_normal((4, 5)).astype(np.float32) for _ in range(2))
+    w = arrays.Quantized.from_codes(
+        jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(zeros), bits=3, dtype=jnp.float32
+    )
+    want = np.repeat(scales, 8, axis=0) * (codes - np.repeat(zeros, 8, axis=0))
+    np.testing.assert_allclose(w.materialize(), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(w.zero_points(), zeros)
+    assert w.nbytes == 12 * 5 + 2 * 4 * 4 * 5
+    assert w.replace(zeros=w.zeros.astype(jnp.float16)).zero_points().dtype == jnp.float32
+    assert ej.partition({"w": w})[0]["w"].zeros is w.zeros  # trainable, as scales are
 
 
 def test_codebook_values():
@@ -184,6 +202,7 @@ def test_specs_refuse_to_cut_bytes_and_groups():
     assert not cut(rtn(4, 32), 64)  # half a group
     assert not cut(rtn(4, 16, symmetric=False), 64)  # a zero point of four bits
     assert cut(rtn(4, 8, symmetric=False), 64)  # two zero points: one byte
+    assert cut(ej.quantize.HQQ(bits=4, group_size=16), 64)  # real zero points are not packed
     assert not cut(ej.quantize.NF4(block_size=32), 64)
     assert cut(ej.quantize.NF4(block_size=16), 64)
     sparse = {"w": arrays.NMSparse.from_dense(jnp.ones((24, 8)), jnp.zeros((24, 8), bool), n=2, m=4)}

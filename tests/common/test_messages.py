@@ -188,7 +188,7 @@ def test_missing_key_and_statistics(case):
         fails(LeafError, text, case.transform, method_params(), case.method)
     elif case.method.needs:
         text = (
-            f"mlp/kernel: {name} needs ['second_moment'] of its inputs: pass stats=effjax.calibrate(fn, params, "
+            f"mlp/kernel: {name} needs {sorted(case.method.needs)} of its inputs: pass stats=effjax.calibrate(fn, params, "
             "batches, needs=method.needs)"
         )
         fails(CalibrationError, text, case.transform, method_params(), case.method)
