@@ -188,8 +188,8 @@ def test_missing_key_and_statistics(case):
         fails(LeafError, text, case.transform, method_params(), case.method)
     elif case.method.needs:
         text = (
-            f"mlp/kernel: {name} needs {sorted(case.method.needs)} of its inputs: pass stats=effjax.calibrate(fn, params, "
-            "batches, needs=method.needs)"
+            f"mlp/kernel: {name} needs {sorted(case.method.needs)} of its inputs: pass "
+            "stats=effjax.calibrate(fn, params, batches, needs=method.needs)"
         )
         fails(CalibrationError, text, case.transform, method_params(), case.method)
     else:  # neither is needed, so neither may matter
