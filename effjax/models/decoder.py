@@ -102,7 +102,10 @@ class Attention(nn.Module):
         seen = (slot_at >= 0) & (slot_at <= query_at)
         if c.sliding_window is not None:
             seen = seen & (query_at - slot_at < c.sliding_window)
-        logits = jnp.einsum("bthgd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32) * c.head_dim**-0.5
+        # Queries and outputs are turned by hand, tokens innermost but one, so that XLA's CPU compiler does not turn the
+        # scores, which are `length / head_dim` times as large, for its matrix products.
+        q = q.transpose(0, 2, 3, 1, 4)
+        logits = jnp.einsum("bhgtd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32) * c.head_dim**-0.5
         weights = jax.nn.softmax(jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
         if cache is not None:  # what padding attends to does not count
             asked = jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]
@@ -112,7 +115,7 @@ class Attention(nn.Module):
                 asked.astype(jnp.float32),
             )
             cache = cache.replace(scores=cache.scores.at[layer].add(received))
-        y = jnp.einsum("bhgts,bhsd->bthgd", weights.astype(x.dtype), v)
+        y = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(x.dtype), v).transpose(0, 3, 1, 2, 4)
         y = y.reshape(batch, length, c.num_attention_heads * c.head_dim)
         return Linear(c.hidden_size, c.o_bias, c.param_dtype, name="o_proj")(y), cache
 
