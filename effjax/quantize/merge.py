@@ -19,6 +19,8 @@ from effjax.quantize.api import quantize_params
 from effjax.quantize.regrid import regrid
 from effjax.transform import all_finite
 
+ROUNDING = 1e-6  # relative differences below this are those of float32 arithmetic, not of codes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafMerge:
@@ -58,14 +60,14 @@ class LeafMerge:
             (self.adapter, self.error) if self.output_error is None else (self.output_adapter, self.output_error)
         )
         assert size is not None
-        if size == 0:
-            return 1.0 if lost == 0 else -float("inf")
+        if size <= ROUNDING:
+            return 1.0 if lost <= ROUNDING else -float("inf")
         return 1 - (lost / size) ** 2
 
     @property
     def flagged(self) -> bool:
-        """Whether merging loses at least as much as the adapter changed: dropping the adapter would be as good."""
-        return self.kept <= 0
+        """Whether merging loses as much as the adapter changed, or more: dropping the adapter would be as good."""
+        return self.kept < 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class MergeReport:
 
     @property
     def flagged(self) -> tuple[str, ...]:
-        """Paths of leaves in which merging loses at least as much as the adapter changed."""
+        """Paths of leaves in which merging loses as much as the adapter changed, or more."""
         return tuple(leaf.path for leaf in self.leaves if leaf.flagged)
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +241,8 @@ def _errors(merged: Any, base: jax.Array, target: jax.Array, moment: jax.Array |
     def relative(delta: jax.Array) -> jax.Array:
         return jnp.linalg.norm(delta.ravel()) / jnp.maximum(jnp.linalg.norm(target.ravel()), tiny)
 
-    found = {"adapter": relative(target - base), "error": relative(new - target), "moved": jnp.mean(new != base)}
+    moved = jnp.mean(jnp.abs(new - base) > ROUNDING * jnp.max(jnp.abs(base)))
+    found = {"adapter": relative(target - base), "error": relative(new - target), "moved": moved}
     if moment is None:
         return found
 
