@@ -89,6 +89,11 @@ def load_quantized(
     Raises:
         CheckpointError: a tensor that is missing, unexpected, of a wrong shape, out of range or not finite.
         ConfigError: a configuration that is not read, naming the entry and what is.
+
+    Example:
+        >>> found = load_quantized(Path("model-gptq"))  # doctest: +SKIP
+        >>> found.model.params["layers_0"]["mlp"]["up_proj"]["kernel"]  # doctest: +SKIP
+        Quantized(float16[256, 640], 4.25 bits a weight, bits=4, pad=0)
     """
     source = source or directory.resolve().name
     entries = quantization_config(directory)

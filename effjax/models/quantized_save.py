@@ -263,6 +263,11 @@ def save_quantized_hf(
     Raises:
         CheckpointError: a weight cannot be kept exactly and `approximate` is not given (nothing is written), or see
             `plan` and `effjax.io.directory.renamed_when_whole`.
+
+    Example:
+        >>> verdicts = save_quantized_hf("model-awq", load_model("model-gptq"), format="awq")  # doctest: +SKIP
+        >>> {verdict.exact for verdict in verdicts}  # doctest: +SKIP
+        {True}
     """
     made = plan(model, format, approximate=approximate, schemes=schemes, bits=bits, group_size=group_size)
     return write_plan(directory, model, made, format=format, overwrite=overwrite)

@@ -115,6 +115,16 @@ def write(leaf: Any, scheme: AWQScheme) -> dict[str, np.ndarray]:
 
     Raises:
         LeafError: saying what of the leaf the layout cannot hold.
+
+    Example:
+        >>> import effjax as ej
+        >>> leaf = ej.quantize.RTN(bits=4, group_size=32).quantize(np.ones((64, 8), np.float32))
+        >>> tensors = write(leaf, scheme_for(leaf))
+        >>> {name: x.shape for name, x in tensors.items()}
+        {'qweight': (64, 1), 'qzeros': (2, 1), 'scales': (2, 8)}
+        >>> again = read("up_proj", tensors, scheme_for(leaf), shape=(64, 8), dtype="float32")
+        >>> bool((again.materialize() == leaf.materialize()).all())
+        True
     """
     inputs, outputs = leaf.shape[-2:]
     weight = from_leaf(leaf, inputs if scheme.group_size == -1 else scheme.group_size)

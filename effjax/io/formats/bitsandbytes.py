@@ -182,6 +182,12 @@ def write(leaf: Any, scheme: BNBScheme) -> dict[str, np.ndarray]:
 
     Raises:
         LeafError: saying what of the leaf the format cannot hold.
+
+    Example:
+        >>> import effjax as ej
+        >>> leaf = ej.quantize.NF4(block_size=64).quantize(jnp.ones((64, 8)))
+        >>> sorted(write(leaf, scheme_for(leaf)))[:2], scheme_for(leaf).block_size
+        (['weight', 'weight.absmax'], 64)
     """
     _check_nf4(leaf)
     (inputs, outputs), block = leaf.shape, scheme.block_size

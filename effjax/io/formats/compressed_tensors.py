@@ -218,6 +218,13 @@ def write(leaf: Any, scheme: CTScheme) -> dict[str, np.ndarray]:
 
     Raises:
         LeafError: saying what of the leaf the scheme cannot hold.
+
+    Example:
+        >>> import effjax as ej
+        >>> leaf = ej.quantize.RTN(bits=3, group_size=32).quantize(np.ones((64, 8), np.float32))
+        >>> scheme = scheme_for(leaf)
+        >>> {name: x.shape for name, x in write(leaf, scheme).items()}
+        {'weight_scale': (8, 2), 'weight_packed': (8, 6), 'weight_shape': (2,), 'weight_zero_point': (1, 2)}
     """
     if scheme.format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         return fp4.write(leaf, scheme.format.partition("-")[0])

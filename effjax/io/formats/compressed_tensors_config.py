@@ -156,6 +156,12 @@ def parse_config(entries: Mapping[str, Any]) -> CTConfig:
 
     Raises:
         ConfigError: naming the entry that is missing, unknown or not read.
+
+    Example:
+        >>> weights = {"num_bits": 4, "group_size": 32}
+        >>> groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        >>> parse_config({"config_groups": groups, "format": "pack-quantized"}).scheme("layers.0.up_proj").group_size
+        32
     """
     at = "quantization_config"
     groups = entries.get("config_groups")

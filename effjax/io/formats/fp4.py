@@ -101,6 +101,13 @@ def write(leaf: Any, kind: str) -> dict[str, np.ndarray]:
 
     Raises:
         LeafError: saying what of the leaf the format cannot hold.
+
+    Example:
+        >>> import effjax as ej
+        >>> tensors = write(ej.quantize.NVFP4().quantize(jnp.ones((64, 8))), "nvfp4")
+        >>> {name: (x.dtype.name, x.shape) for name, x in tensors.items()}  # doctest: +NORMALIZE_WHITESPACE
+        {'weight_packed': ('uint8', (8, 32)), 'weight_scale': ('float8_e4m3fn', (8, 4)),
+         'weight_global_scale': ('float32', (1,))}
     """
     if kind_of(leaf) != kind:
         if not has_e2m1_values(leaf):

@@ -80,6 +80,16 @@ def read(name: str, tensors: Tensors, scheme: GPTQScheme, *, shape: tuple[int, i
 
     Warns:
         ZeroPointWarning: version 1 with a zero point stored as all ones.
+
+    Example:
+        >>> tensors = {
+        ...     "qweight": np.full((4, 8), 0x76543210, np.int32),
+        ...     "qzeros": np.full((1, 1), 0x77777777, np.int32),
+        ...     "scales": np.ones((1, 8), np.float16),
+        ... }
+        >>> leaf = read("up_proj", tensors, GPTQScheme(group_size=-1), shape=(32, 8), dtype="float32")
+        >>> leaf.materialize()[:4, 0].tolist()
+        [-8.0, -7.0, -6.0, -5.0]
     """
     inputs, outputs = shape
     bits, size = scheme.bits, inputs if scheme.group_size == -1 else min(scheme.group_size, inputs)
@@ -161,6 +171,12 @@ def write(leaf: Any, scheme: GPTQScheme) -> dict[str, np.ndarray]:
 
     Raises:
         LeafError: saying what of the leaf the scheme cannot hold.
+
+    Example:
+        >>> import effjax as ej
+        >>> leaf = ej.quantize.RTN(bits=4, group_size=32, symmetric=True).quantize(np.ones((64, 8), np.float32))
+        >>> {name: x.shape for name, x in write(leaf, scheme_for(leaf, version=2)).items()}
+        {'qweight': (8, 8), 'qzeros': (2, 1), 'scales': (2, 8), 'g_idx': (64,)}
     """
     inputs, outputs = leaf.shape[-2:]
     weight = from_leaf(leaf, inputs if scheme.group_size == -1 else scheme.group_size)

@@ -47,6 +47,14 @@ def to_leaf(name: str, weight: Uniform, dtype: Any) -> CompressedArray:
 
     Raises:
         CheckpointError: a group that no row belongs to.
+
+    Example:
+        >>> stream = words.pack(np.zeros((12, 2), np.uint8), 4)
+        >>> scales = np.ones((2, 2), np.float16)  # groups of 8 and of 4 rows
+        >>> weight = Uniform(stream=stream, scales=scales, zeros=None, bits=4, inputs=12, group_size=8)
+        >>> leaf = to_leaf("m", weight, "float32")
+        >>> leaf.shape, leaf.group_size
+        ((12, 2), 4)
     """
     groups = weight.scales.shape[0]
     stream, order = weight.stream, None

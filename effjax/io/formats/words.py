@@ -20,6 +20,10 @@ def pack(codes: Integer[np.ndarray, "n m"], bits: int) -> UInt8[np.ndarray, "byt
     if bits == 8:
         return codes
     n, m = codes.shape
+    if 8 % bits == 0:  # no code straddles two bytes: several times as fast as bit by bit
+        in_byte = 8 // bits
+        octets = np.pad(codes, ((0, -n % in_byte), (0, 0))).reshape(-1, in_byte, m)
+        return np.bitwise_or.reduce([octets[:, j] << np.uint8(bits * j) for j in range(in_byte)])
     spread = np.unpackbits(codes[:, None, :], axis=1, count=bits, bitorder="little")
     return np.packbits(spread.reshape(n * bits, m), axis=0, bitorder="little")
 
@@ -28,6 +32,10 @@ def unpack(stream: UInt8[np.ndarray, "bytes m"], bits: int, n: int) -> UInt8[np.
     """The first `n` codes of each column: the inverse of `pack`."""
     if bits == 8:
         return stream[:n]
+    if 8 % bits == 0:
+        mask = np.uint8(2**bits - 1)
+        codes = np.stack([stream >> np.uint8(bits * j) & mask for j in range(8 // bits)], axis=1)
+        return codes.reshape(-1, stream.shape[1])[:n]
     spread = np.unpackbits(stream, axis=0, count=n * bits, bitorder="little")
     return np.packbits(spread.reshape(n, bits, -1), axis=1, bitorder="little")[:, 0]
 
