@@ -1,6 +1,6 @@
 """Our GPTQ beside llm-compressor's: same model, same calibration windows, same settings, each from its packed form.
 
-python -m benchmarks.peers.weight_quant --data DIR [--environment DIR] [--threads N]
+python -m benchmarks.peers.weight_quant --data DIR [--environment DIR] [--threads N] [--models M ...] [--parts P ...]
 
 `DIR` holds `models/stories260K/hf` and `text/tinystories_sample/tinystories_sample.txt`. llm-compressor runs in an
 environment of its own, made with pip from the default index where `--environment` has none; it gets the model as a
@@ -9,7 +9,9 @@ Hugging Face directory and the token windows as an array, and what it saves is r
 Both sides calibrate block by block: the statistics of all weights of a decoder layer on one run of it, dense, then one
 run of it, compressed, for the inputs of the next. That is llm-compressor's default. Ours goes in four groups within a
 layer ("true sequential") by default; it is listed as well. Times are of calibration and compression, not of imports,
-loading or saving; the two sides take turns on the same cores with as many threads.
+loading or saving; the two sides take turns on the same cores with as many threads, each with the batch it is fastest
+with. Processor seconds are compared: with one thread they are the wall seconds of an idle machine, and other work on a
+busy one changes them less.
 """
 
 import argparse
@@ -45,8 +47,11 @@ from effjax.recipe import Recipe
 from effjax.rules import is_dense_matrix
 from effjax.sequential import compress_sequentially
 
-CALIBRATION, FEW, BATCH, DAMPING, GROUP, REPEATS = 64, 8, 8, 0.01, 32, 3
+CALIBRATION, FEW, DAMPING, GROUP, REPEATS = 64, 8, 0.01, 32, 3
+# Windows at once, for each side what it is fastest with on a CPU; llm-compressor's default is 1.
+BATCH, PEER_BATCH = 1, 8
 DOWN = "*/mlp/down_proj/kernel"
+MODELS, PARTS, PEER = ("stories260K", "embedded"), ("speed", "quality", "growth"), "llm-compressor"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,13 +179,13 @@ def peer_recipe(task: Task, setting: Setting) -> dict[str, Any]:
     )
 
 
-def quality(task: Task, worker: Worker, threads: int, console: Console) -> tuple[dict[str, Any], dict[str, float]]:
-    """Every setting by both sides; figures, and our perplexity over llm-compressor's by setting."""
+def quality(task: Task, worker: Worker, threads: int, console: Console) -> dict[str, dict[str, float]]:
+    """Every setting by both sides."""
     candidates: dict[str, Any] = {}
     for setting in SETTINGS:
         out = task.directory.with_name(f"{task.name}-{len(candidates)}")
-        worker.run(task.directory, task.tokens, peer_recipe(task, setting), batch=BATCH, threads=threads, save=out)
-        candidates[f"{setting}: llm-compressor"] = load_model(out).params
+        worker.run(task.directory, task.tokens, peer_recipe(task, setting), batch=PEER_BATCH, threads=threads, save=out)
+        candidates[f"{setting}: {PEER}"] = load_model(out).params
         candidates[f"{setting}: effjax"] = compress(task, our_gptq(setting))
         if setting in BY_GROUPS:
             own = compress(task, our_gptq(setting), whole_block=False)
@@ -188,14 +193,12 @@ def quality(task: Task, worker: Worker, threads: int, console: Console) -> tuple
         print(f"weight_quant: {task.name}, {setting}: done", file=sys.stderr)
     # Lifted with no allowance: any dense copy of a packed weight would raise.
     apply = ej.lift(task.model.apply, on_materialize="error", limit=0)
-    results = compare_many(apply, task.model.params, candidates, task.evaluation)
+    results = compare_many(apply, task.model.params, candidates, task.evaluation, batch_size=2)
     show_quality(task, candidates, results, console)
-    figures = {
+    return {
         name: {"perplexity": c.perplexity, "excess": c.delta_nll, "bytes": matrix_bytes(task, candidates[name])}
         for name, c in results.items()
     }
-    ratios = {str(s): results[f"{s}: effjax"].perplexity / results[f"{s}: llm-compressor"].perplexity for s in SETTINGS}
-    return figures, ratios
 
 
 def matrix_bytes(task: Task, params: Any) -> int:
@@ -211,14 +214,14 @@ def show_quality(task: Task, candidates: dict[str, Any], results: dict[str, Comp
     for column in ("setting", "by", "bytes", "perplexity", "excess", "95 % interval", "ours / peer's"):
         table.add_column(column)
     for setting in SETTINGS:
-        peer = results[f"{setting}: llm-compressor"].perplexity
-        for by in ("llm-compressor", "effjax", "effjax, groups in a layer"):
+        peer = results[f"{setting}: {PEER}"].perplexity
+        for by in (PEER, "effjax", "effjax, groups in a layer"):
             name = f"{setting}: {by}"
             if name not in results:
                 continue
             c = results[name]
-            ratio = "" if by == "llm-compressor" else f"{c.perplexity / peer:.4f}"
-            first = str(setting) if by == "llm-compressor" else ""
+            ratio = "" if by == PEER else f"{c.perplexity / peer:.4f}"
+            first = str(setting) if by == PEER else ""
             bytes_ = f"{matrix_bytes(task, candidates[name]):,}"
             table.add_row(first, by, bytes_, f"{c.perplexity:.4f}", f"{c.delta_nll:+.4f}", c.interval, ratio)
         table.add_section()
@@ -230,7 +233,6 @@ def speed(task: Task, worker: Worker, threads: int, console: Console) -> dict[st
     recipe = peer_recipe(task, TIMED)
     gptq = our_gptq(TIMED)
     lean = ej.quantize.LeanQuant(bits=TIMED.bits, group_size=TIMED.group_size)
-    affine = ej.quantize.LeanQuant(bits=TIMED.bits, group_size=TIMED.group_size, grid="affine", candidates=128)
     stats = ej.calibrate(
         lambda params, tokens: task.model.apply({"params": params}, tokens),
         task.model.params,
@@ -238,7 +240,7 @@ def speed(task: Task, worker: Worker, threads: int, console: Console) -> dict[st
     )
 
     def solver(method: Any) -> Callable[[], Any]:
-        rules = list(our_recipe(task, method).rules)
+        rules = [(is_dense_matrix if where is None else where, m) for where, m in our_recipe(task, method).rules]
         return lambda: jax.block_until_ready(ej.quantize_params(task.model.params, rules, stats=stats))
 
     ours: dict[str, Callable[[], Any]] = {
@@ -248,7 +250,6 @@ def speed(task: Task, worker: Worker, threads: int, console: Console) -> dict[st
         "effjax LeanQuant": lambda: compress(task, lean),
         "effjax GPTQ, solver": solver(gptq),
         "effjax LeanQuant, solver": solver(lean),
-        "effjax LeanQuant affine (T=128), solver": solver(affine),
     }
     cold: dict[str, Timing] = {}
     compilations: dict[str, scaling.Compilations] = {}
@@ -256,15 +257,16 @@ def speed(task: Task, worker: Worker, threads: int, console: Console) -> dict[st
         jax.clear_caches()
         with scaling.counted() as compilations[name]:
             cold[name] = timed(run)[1]
+        print(f"weight_quant: {task.name}, {name}: first run", file=sys.stderr)
     few_tokens = save_tokens(task.tokens.with_stem(f"{task.name}-few"), task.calibration[:FEW])
-    few = f"llm-compressor, {FEW} windows"
-    first = worker.run(task.directory, task.tokens, recipe, batch=BATCH, threads=threads)
-    rounds: dict[str, list[Timing]] = {name: [] for name in ("llm-compressor", few, "llm-compressor, solver", *ours)}
+    few = f"{PEER}, {FEW} windows"
+    first = worker.run(task.directory, task.tokens, recipe, batch=PEER_BATCH, threads=threads)
+    rounds: dict[str, list[Timing]] = {name: [] for name in (PEER, few, f"{PEER}, solver", *ours)}
     for _ in range(REPEATS):
-        answer = worker.run(task.directory, task.tokens, recipe, batch=BATCH, threads=threads)
-        rounds["llm-compressor"].append(Timing(wall=answer["compress_s"], cpu=answer["compress_cpu_s"]))
-        rounds["llm-compressor, solver"].append(Timing(wall=answer["solver_s"], cpu=answer["solver_cpu_s"]))
-        answer = worker.run(task.directory, few_tokens, recipe, batch=BATCH, threads=threads)
+        answer = worker.run(task.directory, task.tokens, recipe, batch=PEER_BATCH, threads=threads)
+        rounds[PEER].append(Timing(wall=answer["compress_s"], cpu=answer["compress_cpu_s"]))
+        rounds[f"{PEER}, solver"].append(Timing(wall=answer["solver_s"], cpu=answer["solver_cpu_s"]))
+        answer = worker.run(task.directory, few_tokens, recipe, batch=PEER_BATCH, threads=threads)
         rounds[few].append(Timing(wall=answer["compress_s"], cpu=answer["compress_cpu_s"]))
         for name, run in ours.items():
             rounds[name].append(timed(run)[1])
@@ -310,8 +312,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.weight_quant", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help=f"directory that holds {MODEL} and {TEXT}")
     parser.add_argument("--environment", type=Path, default=Path("build/llmcompressor"), help="of llm-compressor")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores of both sides")
+    parser.add_argument("--threads", type=int, default=1, help="cores that each side has while its turn is")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args(argv)
     for name in (MODEL, TEXT):
         if not (options.data / name).exists():
@@ -319,52 +323,64 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     # Before jax makes its threads; the worker inherits it.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
-    console = Console(width=140)
-    python = environment(options.environment)
+    console, python = Console(width=140), environment(options.environment)
+    judged: dict[str, Bar] = {}
     with tempfile.TemporaryDirectory() as name, Worker(python, Path(name) / "worker.log") as worker:
         work = Path(name)
+        figures: dict[str, Any] = {"versions": worker.versions | {"jax": jax.__version__}, "threads": options.threads}
         try:
-            tasks = [stories(options.data, work, options.seed), embedded(work, options.seed)]
-            figures: dict[str, Any] = {"versions": worker.versions | {"jax": jax.__version__}}
-            ratios: dict[str, float] = {}
-            for task in tasks:
-                found, own = quality(task, worker, options.threads, console)
-                figures[task.name] = {"quality": found}
-                ratios |= {f"{task.name}, {setting}": ratio for setting, ratio in own.items()}
-            for task in tasks:
-                figures[task.name]["seconds"] = speed(task, worker, options.threads, console)
+            for model in options.models:
+                task = (
+                    embedded(work, options.seed) if model == "embedded" else stories(options.data, work, options.seed)
+                )
+                if "speed" in options.parts:
+                    figures[f"{model}, seconds"] = seconds = speed(task, worker, options.threads, console)
+                    judged |= speed_bars(model, seconds)
+                if "quality" in options.parts:
+                    figures[f"{model}, quality"] = results = quality(task, worker, options.threads, console)
+                    judged |= quality_bars(model, results)
         except EffjaxError as error:
             print(f"weight_quant: {error}", file=sys.stderr)
             return 2
-    figures["growth"] = growth(console)
-    return conclude("weight_quant", bars(figures, ratios), figures | {"ratios": ratios, "threads": options.threads})
+    if "growth" in options.parts:
+        figures["growth"] = grown = growth(console)
+        judged |= growth_bars(grown)
+    return conclude("weight_quant", judged, figures)
 
 
-def bars(figures: dict[str, Any], ratios: dict[str, float]) -> dict[str, Bar]:
-    """The figures that are judged."""
-    found = {}
-    for name in ("stories260K", "embedded"):
-        own = {setting: ratio for setting, ratio in ratios.items() if setting.startswith(name)}
-        worst = max(own, key=lambda setting: own[setting])
-        found[f"{name}: perplexity ours / llm-compressor, worst ({worst.split(', ', 1)[1]})"] = Bar(
-            own[worst], high=1.005
-        )
-        mean = math.exp(statistics.fmean(math.log(r) for r in own.values()))
-        found[f"{name}: perplexity ours / llm-compressor, geometric mean"] = Bar(mean, high=1.005)
-        seconds = figures[name]["seconds"]
+def quality_bars(model: str, results: dict[str, dict[str, float]]) -> dict[str, Bar]:
+    """Our perplexity over llm-compressor's."""
+    ratios = {str(s): results[f"{s}: effjax"]["perplexity"] / results[f"{s}: {PEER}"]["perplexity"] for s in SETTINGS}
+    worst = max(ratios, key=lambda setting: ratios[setting])
+    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios.values()))
+    return {
+        f"{model}: perplexity ours / {PEER}, worst ({worst})": Bar(ratios[worst], high=1.005),
+        f"{model}: perplexity ours / {PEER}, geometric mean": Bar(mean, high=1.005),
+    }
 
-        def over(a: str, b: str, which: str = "wall_s", seconds: dict[str, Any] = seconds) -> float:
-            return seconds[a][which] / seconds[b][which]
 
-        found[f"{name}: llm-compressor / our GPTQ, time"] = Bar(over("llm-compressor", "effjax GPTQ"), low=10)
-        found[f"{name}: the same, solvers alone"] = Bar(over("llm-compressor, solver", "effjax GPTQ, solver"), low=10)
-        found[f"{name}: LeanQuant / GPTQ, time"] = Bar(over("effjax LeanQuant", "effjax GPTQ"), high=2)
-        found[f"{name}: the same, solvers alone"] = Bar(over("effjax LeanQuant, solver", "effjax GPTQ, solver"), high=2)
-    depths = figures["growth"]["layers"]
-    found["compilations, 16 layers / 2 layers"] = Bar(depths[-1]["compilations"] / depths[0]["compilations"], high=1)
-    found["departure from a line in the layers"] = Bar(figures["growth"]["departure_from_line"], high=0.1)
-    found["power of the inputs, 1024 to 2048"] = Bar(figures["growth"]["exponent"], high=3.3)
-    return found
+def speed_bars(model: str, seconds: dict[str, Any]) -> dict[str, Bar]:
+    """Processor seconds over processor seconds once all is compiled, of the whole and of the solvers."""
+
+    def over(a: str, b: str) -> float:
+        return seconds[a]["cpu_s"] / seconds[b]["cpu_s"]
+
+    return {
+        f"{model}: {PEER} / our GPTQ, time": Bar(over(PEER, "effjax GPTQ"), low=10),
+        f"{model}: the same, solvers alone": Bar(over(f"{PEER}, solver", "effjax GPTQ, solver"), low=10),
+        f"{model}: LeanQuant / GPTQ, time": Bar(over("effjax LeanQuant", "effjax GPTQ"), high=2),
+        f"{model}: the same, solvers alone ": Bar(over("effjax LeanQuant, solver", "effjax GPTQ, solver"), high=2),
+    }
+
+
+def growth_bars(grown: dict[str, Any]) -> dict[str, Bar]:
+    """Straight in the layers, cubic in the inputs, and as many programs for 16 layers as for 2."""
+    depths = grown["layers"]
+    return {
+        "compilations, 16 layers / 2 layers": Bar(depths[-1]["compilations"] / depths[0]["compilations"], high=1),
+        "departure from a line in the layers": Bar(grown["departure_from_line"], high=0.1),
+        "power of the inputs, 1024 to 2048": Bar(grown["exponent"], high=3.3),
+    }
 
 
 if __name__ == "__main__":
