@@ -167,6 +167,9 @@ def sensitivity(
     - `stats` with second moments: `tr(Δᵀ H Δ)`, the mean squared error of the layer's outputs, summed over outputs.
     - neither: `‖Δ‖²`.
 
+    The last two do not know how much the model cares for a layer, and leaves compare by their size: a choice by them
+    can be worse than one width for all. Give Fisher information or a loss where there is one.
+
     Args:
         params: dense parameters; `ShapeDtypeStruct`s give sizes alone.
         candidates: methods; None stands for leaving a leaf as it is. One that cannot take a leaf (a group that does not
