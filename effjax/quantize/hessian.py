@@ -46,12 +46,10 @@ def inverse_factor(
     def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return ~jnp.isfinite(state[1]).all() & (state[0] < 1e6)
 
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        stronger = jnp.maximum(state[0] * 10, 1e-4)
-        return stronger, attempt(stronger)
+    def stronger(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.maximum(state[0] * 10, 1e-4), attempt(state[0])
 
-    start = jnp.float32(damping)
-    return jax.lax.while_loop(failed, again, (start, attempt(start)))[1]
+    return jax.lax.while_loop(failed, stronger, (jnp.float32(damping), jnp.full_like(h, jnp.nan)))[1]
 
 
 def dead_inputs(second_moment: Float[Array, "n n"]) -> Bool[Array, " n"]:

@@ -1,6 +1,7 @@
 """LeanQuant: grids whose points lie where rounding would hurt most, used in the sweep of GPTQ."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,8 +16,11 @@ from effjax.quantize.gptq import SecondOrder, SweepFactor
 from effjax.quantize.kmeans import nearest, weighted_kmeans
 from effjax.quantize.one_by_one import one_by_one
 from effjax.quantize.rtn import as_quantized
-from effjax.quantize.sweep import sweep
+from effjax.quantize.sweep import Rounder, sweep
 from effjax.quantize.uniform import Grid, UniformGrid, check_group_size, check_groups, grouped
+
+# The grid of a group by its number, how a row is rounded on it, and the leaf of codes and dtype.
+_Learned = tuple[Callable[[jax.Array], Any], Rounder, Callable[[jax.Array, Any], CompressedArray]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +34,10 @@ class LeanQuant(SecondOrder):
 
     Attributes:
         bits: 1 to 8.
-        group_size: inputs that share a grid; None is one grid a column, as in the paper.
-        grid: "non_uniform" learns free points by weighted k-means, and the leaf is a `Codebook`; "affine" searches a
-            scale and an integer zero point, and the leaf is a `Quantized` that any kernel for integers runs.
+        group_size: inputs that share a scale; None is one grid a column, as in the paper.
+        grid: "non_uniform" learns free points by weighted k-means, one table a column, and the leaf is a `Codebook`
+            (in groups, the table is of weights divided by their group's largest); "affine" searches a scale and an
+            integer zero point a group, and the leaf is a `Quantized` that any kernel for integers runs.
         p: see above.
         iterations, tolerance: of the k-means.
         candidates: T of the paper: the ends of an affine grid are moved inwards in steps of `range / T`.
@@ -91,30 +96,43 @@ class LeanQuant(SecondOrder):
         weights = jnp.where(factor.dead, 0, factor.back(importance(factor.upper, self.p)))
         groups, shares = grouped(factor.back(rows), size), weights.reshape(-1, size)
         group = (jnp.arange(n) if factor.order is None else factor.order) // size
-        if self.grid == "affine":
-            kind = UniformGrid(bits=self.bits, scale_dtype=self.table_dtype)
-            grids = search_affine(groups, shares, kind, candidates=self.candidates)
+        learn = self._affine if self.grid == "affine" else self._free
+        grids, round_row, leaf = learn(groups, shares)
+        swept = sweep(rows, factor.upper, round_row, grid_of_row=lambda j: grids(group[j]))
+        return leaf(factor.back(swept.codes), w.dtype)
 
-            def round_uniform(row: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-                codes = kind.round(row[None], grid)
-                return codes[0], kind.values(codes, grid)[0]
+    def _affine(self, groups: jax.Array, shares: jax.Array) -> _Learned:
+        kind = UniformGrid(bits=self.bits, scale_dtype=self.table_dtype)
+        found = search_affine(groups, shares, kind, candidates=self.candidates)
 
-            swept = sweep(
-                rows, factor.upper, round_uniform, grid_of_row=lambda j: jax.tree.map(lambda x: x[group[j]], grids)
-            )
-            return as_quantized(factor.back(swept.codes), grids, kind, w.dtype)
-        tables = self._tables(groups, shares)
-        by_entry = tables.astype(jnp.float32).mT
-        swept = sweep(rows, factor.upper, nearest, grid_of_row=lambda j: by_entry[group[j]])
-        return Codebook.from_codes(factor.back(swept.codes), tables, dtype=w.dtype)
+        def round_row(row: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+            codes = kind.round(row[None], grid)
+            return codes[0], kind.values(codes, grid)[0]
 
-    def _tables(self, groups: jax.Array, shares: jax.Array) -> Float[Array, "groups out entries"]:
-        """The points of every group and output, sorted, as they are stored."""
+        return lambda g: jax.tree.map(lambda x: x[g], found), round_row, lambda c, d: as_quantized(c, found, kind, d)
+
+    def _free(self, groups: jax.Array, shares: jax.Array) -> _Learned:
+        """One table for every output, over weights divided by the scale of their group where there are groups."""
         count, size, out = groups.shape
-        points = jnp.swapaxes(groups, 0, 1).reshape(size, count * out)
-        weights = jnp.broadcast_to(shares.T[:, :, None], (size, count, out)).reshape(size, count * out)
-        tables = weighted_kmeans(points, weights, 2**self.bits, iterations=self.iterations, tolerance=self.tolerance)
-        return tables.T.reshape(count, out, -1).astype(self.table_dtype)
+        scales = jnp.ones((count, 1, out))
+        if self.group_size is not None:
+            scales = jnp.abs(groups).max(-2, keepdims=True).astype(self.table_dtype).astype(jnp.float32)
+            scales = jnp.where(scales > 0, scales, 1.0)
+        points = (groups / scales).reshape(count * size, out)
+        weights = (shares[..., None] * jnp.square(scales)).reshape(count * size, out)
+        table = weighted_kmeans(points, weights, 2**self.bits, iterations=self.iterations, tolerance=self.tolerance)
+        table = table.astype(self.table_dtype)
+        stored = table.astype(jnp.float32)
+
+        def round_row(row: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+            codes, values = nearest(row / scale, stored)
+            return codes, values * scale
+
+        def leaf(codes: jax.Array, dtype: Any) -> Codebook:
+            kept = None if self.group_size is None else scales[:, 0].astype(self.table_dtype)
+            return Codebook.from_codes(codes, table.T[None], kept, dtype=dtype)
+
+        return lambda g: scales[g, 0], round_row, leaf
 
 
 def importance(upper: Float[Array, "n n"], p: float) -> Float[Array, " n"]:

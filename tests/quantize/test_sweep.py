@@ -15,8 +15,8 @@ from tests.quantize.second_order import damped, inputs, moment, obq
 factor = jax.jit(inverse_factor, static_argnums=1)
 
 
-@given(st.integers(1, 40), st.sampled_from([0.001, 0.01, 0.1]), st.integers(0, 10))
-@settings(max_examples=25)
+@given(st.sampled_from([1, 2, 17, 40]), st.sampled_from([0.001, 0.01, 0.1]), st.integers(0, 10))
+@settings(max_examples=15)
 def test_factor(n, damping, seed):
     h = moment(inputs(n, seed=seed))
     u = np.asarray(factor(jnp.asarray(h, jnp.float32), damping), np.float64)

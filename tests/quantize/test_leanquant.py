@@ -1,0 +1,183 @@
+"""LeanQuant against numpy: importance, tables, the affine search, the sweep on the learned grid."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import effjax as ej
+from effjax.arrays import Codebook, Quantized
+from effjax.errors import LeafError
+from effjax.quantize import GPTQ, LeanQuant
+from effjax.quantize.affine_search import search_affine
+from effjax.quantize.leanquant import importance
+from effjax.quantize.uniform import UniformGrid
+from tests.quantize.second_order import damped, inputs, layer_error, moment, obq
+from tests.quantize.test_gptq import compress, dense, statistics, weights
+from tests.quantize.test_kmeans import cost, lloyd
+
+
+def shares(h, p, damping):
+    """`U_jj^-p` by the definition of `U`: the inverse Hessian of the inputs from j on."""
+    h = damped(h, damping)
+    diagonal = np.array([np.linalg.inv(h[j:, j:])[0, 0] for j in range(len(h))])
+    return diagonal ** (-p / 2)
+
+
+def test_importance():
+    h = moment(inputs(20))
+    u = np.linalg.cholesky(np.linalg.inv(damped(h, 0.1))).T
+    for p in (0.0, 2.0, 4.0, 6.0):
+        wanted = shares(h, p, 0.1)
+        np.testing.assert_allclose(importance(jnp.asarray(u, jnp.float32), p), wanted / wanted.max(), rtol=1e-3)
+    huge = jnp.diag(jnp.array([1e-12, 1.0, 1e12]))
+    np.testing.assert_array_equal(importance(huge, 4.0), [1, 0, 0])  # 1e48 apart: no overflow
+
+
+@given(st.sampled_from([(24, 5, None), (24, 3, 8), (33, 2, 11)]), st.sampled_from([1, 2, 3, 5]), st.integers(0, 5))
+@settings(max_examples=10)
+def test_non_uniform_oracle(shape, bits, seed):
+    """Tables as good as those of a plain Lloyd, then the sweep rounds to the nearest entry of the stored table."""
+    n, out, group_size = shape
+    size = n if group_size is None else group_size
+    w, x = weights(n, out, seed), inputs(n, seed=seed)
+    q = compress(LeanQuant(bits=bits, group_size=group_size, p=2.0), w, statistics(x))
+    assert isinstance(q, Codebook) and q.shape == (n, out) and q.tables.shape == (1, out, 2**bits)
+    s = shares(moment(x), 2.0, 0.1)
+    scales = np.ones((n, out))
+    if group_size is not None:  # one table for weights over the largest of their group
+        stored = np.abs(w.reshape(-1, size, out)).max(1).astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(q.scales, stored)
+        scales = np.repeat(stored, size, axis=0)
+    tables = np.asarray(q.tables, np.float64)[0]
+    for o in range(out):
+        points, weights_ = w[:, o] / scales[:, o], s * scales[:, o] ** 2
+        wanted = cost(points, weights_, lloyd(points, weights_, 2**bits))
+        assert cost(points, weights_, tables[o]) <= 1.05 * wanted + 1e-5 * np.ptp(points) ** 2
+
+    def quantize(j, row, _):
+        nearest = np.abs((row / scales[j])[:, None] - tables).argmin(1)
+        return scales[j] * tables[np.arange(out), nearest]
+
+    h = moment(x)
+    best = layer_error(w, obq(w, h, 0.1, quantize)[0], h)
+    assert layer_error(w, dense(q), h) == pytest.approx(best, rel=0.05, abs=1e-6 * np.trace(w.T @ h @ w))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_error_below_that_of_gptq(bits):
+    """Free points, then an affine grid, then the grid of the range; on Gaussian weights, which have few outliers."""
+    w, x = weights(128, 48), inputs(128, rows=600)
+    h = moment(x)
+    uniform = layer_error(w, dense(compress(GPTQ(bits=bits, group_size=None), w, statistics(x))), h)
+    free = layer_error(w, dense(compress(LeanQuant(bits=bits, p=2.0), w, statistics(x))), h)
+    affine = layer_error(w, dense(compress(LeanQuant(bits=bits, grid="affine", p=2.0), w, statistics(x))), h)
+    assert free < 0.75 * uniform
+    assert free < affine < 0.95 * uniform
+
+
+def test_weights_matter():
+    """The learned grid loses less, by the loss of the sweep, than the same k-means without weights."""
+    w, x = weights(64, 32), inputs(64, rows=600)
+    h = moment(x)
+    errors = [layer_error(w, dense(compress(LeanQuant(bits=3, p=p), w, statistics(x))), h) for p in (0.0, 2.0)]
+    assert errors[1] < errors[0]
+
+
+@given(st.integers(1, 4), st.integers(0, 20), st.sampled_from([16, 40]))
+@settings(max_examples=10)
+def test_coarse_search_ends_near_the_exhaustive_one(bits, seed, size):
+    rng = np.random.default_rng(seed)
+    groups = rng.standard_t(4, (2, size, 3)).astype(np.float32)
+    weights_ = np.exp(rng.standard_normal((2, size))).astype(np.float32)
+    kind = UniformGrid(bits=bits, scale_dtype="float32")
+
+    def error(grid):
+        values = kind.values(kind.round(groups, grid), grid)
+        return (weights_[..., None] * np.square(np.asarray(values) - groups)).sum(-2)
+
+    found = error(search_affine(groups, weights_, kind, candidates=64))
+    full = error(search_affine(groups, weights_, kind, candidates=64, exhaustive=True))
+    plain = error(kind.spanning(groups, groups.min(-2, keepdims=True), groups.max(-2, keepdims=True)))
+    assert (full <= found + 1e-4 * plain).all() and (found <= plain * (1 + 1e-5)).all()
+    # Of what the exhaustive search gains over the whole range, the coarse one gets nearly all.
+    assert (plain - found).sum() >= 0.85 * (plain - full).sum()
+
+
+def test_exhaustive_search_is_the_loop_over_all_pairs():
+    rng = np.random.default_rng(0)
+    groups, share = rng.standard_normal((1, 12, 1)).astype(np.float32), rng.random((1, 12)).astype(np.float32)
+    kind = UniformGrid(bits=2, scale_dtype="float32")
+    scale, zero = search_affine(groups, share, kind, candidates=16, exhaustive=True)
+    w, step, best = groups[0, :, 0], np.ptp(groups) / 16, np.inf
+    for a in range(8):
+        for b in range(8):
+            low, high = w.min() + a * step, w.max() - b * step
+            s = (high - low) / 3
+            z = np.clip(np.round(-low / s), 0, 3)
+            best = min(best, (share[0] * np.square(s * (np.clip(np.round(w / s + z), 0, 3) - z) - w)).sum())
+    values = kind.values(kind.round(groups, (scale, zero)), (scale, zero))
+    assert float((share[..., None] * np.square(values - groups)).sum()) == pytest.approx(best, rel=1e-4)
+
+
+def test_act_order_and_dead_inputs():
+    x = inputs(32)
+    x[:, 5] = 0
+    w = weights(32, 6)
+    w[5] = 1e4
+    for options in ({"act_order": True}, {"grid": "affine"}, {"act_order": True, "group_size": 8}):
+        q = compress(LeanQuant(bits=4, **options), w, statistics(x))
+        assert isinstance(q, Quantized if options.get("grid") == "affine" else Codebook)
+        live = np.arange(32) != 5
+        h = moment(x)[np.ix_(live, live)]
+        assert layer_error(w[live], np.asarray(dense(q))[live], h) < 0.03 * layer_error(w[live], 0 * w[live], h)
+
+
+def test_bytes():
+    """`b + 16 K / in` bits a weight: 4.06 at 4 bits for 4096 inputs, as in the paper."""
+    q = jax.eval_shape(
+        lambda w, s: LeanQuant(bits=4).compress(w, stats=s),
+        jax.ShapeDtypeStruct((4096, 64), jnp.float32),
+        jax.eval_shape(statistics, jax.ShapeDtypeStruct((8, 4096), jnp.float32)),
+    )
+    assert q.bits_per_weight == 4 + 16 * 16 / 4096
+
+
+def test_gradients_reach_the_tables():
+    w, x = weights(16, 4), inputs(16)
+    q = compress(LeanQuant(bits=2), w, statistics(x))
+    trainable, frozen = ej.partition({"kernel": q})
+
+    def loss(trainable):
+        return ej.lift(lambda p: jnp.square(x @ p["kernel"]).sum())(ej.combine(trainable, frozen))
+
+    gradient = jax.grad(loss)(trainable)["kernel"].tables
+    of_dense = jax.grad(lambda w: jnp.square(x @ w).sum())(q.materialize())
+    codes = ej.arrays.unpack(q.codes, 2, 16)
+    for o in range(4):
+        for entry in range(4):
+            wanted = np.asarray(of_dense)[np.asarray(codes)[:, o] == entry, o].sum()
+            assert float(gradient[0, o, entry]) == pytest.approx(float(wanted), rel=2e-2, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"bits": 0}, "bits=0: choose 1 to 8"),
+        ({"grid": "free"}, "grid='free': choose 'non_uniform' or 'affine'"),
+        ({"iterations": 0}, "iterations=0, candidates=2048, p=4.0: at least one iteration"),
+        ({"damping": float("nan")}, "damping=nan: a fraction"),
+        ({"group_size": -1}, "group_size=-1: a positive number"),
+        ({"table_dtype": "uint8"}, "table_dtype='uint8' is no floating dtype"),
+    ],
+)
+def test_fields_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LeanQuant(**fields)
+
+
+def test_groups_must_divide():
+    with pytest.raises(LeafError, match="group_size=7 does not divide its 24 inputs: choose group_size from"):
+        LeanQuant(group_size=7).check((24, 3))
