@@ -139,13 +139,15 @@ def _to_gguf(target: Path, model: Any, approximate: bool) -> list[Any]:
 
 def _show(name: str, format: str, verdicts: list[Any]) -> None:
     """A row for each kind of tensor and what becomes of it, why some are not exact, and the verdict on the whole."""
+    from effjax.models.quantized_save import STAYS_DENSE
+
     rows: dict[tuple[str, str, str, str], list[Any]] = {}
     reasons: dict[tuple[str, str], None] = {}
     for verdict in verdicts:
         group = re.sub(r"layers_\d+", "layers_*", verdict.path)
         key = (group, verdict.held, verdict.stored, "exact" if verdict.exact else "approximate")
         rows.setdefault(key, []).append(verdict)
-        if not verdict.exact:
+        if not verdict.exact or verdict.reason.startswith(STAYS_DENSE):
             reasons[group, verdict.reason] = None
     cells = []
     for (group, held, stored, exact), found in rows.items():

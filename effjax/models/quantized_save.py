@@ -23,6 +23,8 @@ from effjax.models.hf import LoadedModel, expected_tensors
 from effjax.paths import leaves_with_paths
 from effjax.tree import kind_of
 
+STAYS_DENSE = "it stays dense"  # how the reason of such a verdict begins
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -78,7 +80,7 @@ def plan(
     """What a model becomes in a format, with a verdict for each parameter.
 
     Linear layers that are dense stay so, unless all are: then they are rounded, which is never exact. Other parameters
-    are written dense.
+    are written dense, and so are, with `approximate`, layers of a shape that the format has no place for.
 
     Args:
         model: with any leaves.
@@ -89,7 +91,7 @@ def plan(
         group_size: of weights that are rounded; see `effjax.io.formats.exactness.nearest`.
 
     Raises:
-        CheckpointError: parameters that do not fit the configuration, or that the format can store in no way.
+        CheckpointError: parameters that do not fit the configuration, or none that the format can store.
     """
     if format not in WRITERS:
         raise CheckpointError(f"{format!r} is no directory of quantized tensors; choose one of {', '.join(WRITERS)}")
@@ -107,25 +109,24 @@ def plan(
     stored: dict[str, Scheme | None] = {}
     verdicts: list[Verdict] = []
     for name, (path, leaf, transposed) in named.items():
-        module = name.removesuffix(".weight")
-        if name not in chosen:
-            dense = np.asarray(leaf.materialize() if is_compressed(leaf) else leaf)
-            tensors[name] = np.ascontiguousarray(dense.T if transposed else dense)
-            reason = "what it stands for is kept" if is_compressed(leaf) else "it is kept"
-            verdicts.append(
-                Verdict(path=path, held=describe(leaf), stored=f"dense {dense.dtype.name}", exact=True, reason=reason)
-            )
-            if transposed:
-                stored[module] = None
-            continue
-        try:
-            verdict, encoded = _weigh(path, leaf, format, schemes.get(path), approximate, bits, group_size)
-        except LeafError as error:
-            raise CheckpointError(f"{path} {list(leaf.shape)} cannot be stored as {format}: {error}") from None
-        verdicts.append(verdict)
-        if encoded is not None:
-            stored[module] = encoded.scheme
-            tensors |= {f"{module}.{field}": x for field, x in encoded.tensors.items()}
+        module, encoded = name.removesuffix(".weight"), None
+        reason = "what it stands for is kept" if is_compressed(leaf) else "it is kept"
+        if name in chosen:
+            try:
+                verdict, encoded = _weigh(path, leaf, format, schemes.get(path), approximate, bits, group_size)
+            except LeafError as error:  # not even rounded: its shape is none of the format's
+                reason = f"{STAYS_DENSE}: {error}"
+            else:
+                verdicts.append(verdict)
+                stored[module] = None if encoded is None else encoded.scheme
+                tensors |= {} if encoded is None else {f"{module}.{field}": x for field, x in encoded.tensors.items()}
+                continue
+        dense = np.asarray(leaf.materialize() if is_compressed(leaf) else leaf)
+        tensors[name] = np.ascontiguousarray(dense.T if transposed else dense)
+        kept = f"dense {dense.dtype.name}"
+        verdicts.append(Verdict(path=path, held=describe(leaf), stored=kept, exact=True, reason=reason))
+        if transposed:
+            stored[module] = None
     stored.setdefault("lm_head", None)  # a tied head is a linear layer too, with the embedding for a weight
     complete = len(verdicts) == sum(v.exact or approximate for v in verdicts)
     try:
