@@ -23,7 +23,7 @@ from effjax.models.hf import LoadedModel, expected_tensors
 from effjax.paths import leaves_with_paths
 from effjax.tree import kind_of
 
-STAYS_DENSE = "it stays dense"  # how the reason of such a verdict begins
+STAYS_DENSE = "it is written dense"  # how the reason of such a verdict begins
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

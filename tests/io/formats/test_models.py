@@ -25,7 +25,7 @@ CONFIG = DecoderConfig(
     intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
-    num_key_value_heads=2,
+    num_key_value_heads=4,
     max_position_embeddings=32,
     tie_word_embeddings=True,
 )
