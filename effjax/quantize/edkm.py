@@ -215,7 +215,7 @@ def _in_slices(entries: Any, *arrays: jax.Array) -> Float[Array, " 65536"]:
         return add(sums, [lax.dynamic_slice(x, (i * SLICE,), (SLICE,)) for x in arrays])
 
     whole = arrays[0].size // SLICE
-    sums = lax.fori_loop(0, whole, step, jnp.zeros(BINS))
+    sums = lax.fori_loop(0, whole, step, jnp.zeros(BINS)) if whole else jnp.zeros(BINS)
     rest = [x[whole * SLICE :] for x in arrays]
     return add(sums, rest) if rest[0].size else sums
 
