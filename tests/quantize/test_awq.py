@@ -12,6 +12,7 @@ from flax import linen as nn
 import effjax as ej
 from effjax.arrays import Codebook, Permuted, Quantized, RowScaled
 from effjax.errors import CalibrationError, LeafError, RuleError
+from effjax.io.formats.exactness import exactness
 from effjax.lift.calibrate import InputStats
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder
@@ -128,7 +129,7 @@ def test_edges():
     (w,), x = layer(32, (6,), 0)
     w[:, 0], w[:, 1], x[:, 5] = 0, -0.75, 0
     w[9] = 0
-    for method in (AWQ(group_size=16), AWQ(group_size=None, duo_scaling=False), AWQ(bits=2, group_size=8)):
+    for method in (AWQ(group_size=16), AWQ(bits=2, group_size=None, duo_scaling=False)):
         (array,) = compressed(method, [w], x)
         dense = np.asarray(array.materialize())
         assert np.isfinite(dense).all() and np.isfinite(np.asarray(array.row_scales)).all()
@@ -210,16 +211,20 @@ def test_folding_keeps_the_function(options):
 
 
 def test_folding_into_float16_scales_rounds_them_once():
-    model, q, tokens = quantized_model("float16", model_type="qwen2")
+    model, q, _ = quantized_model("float32", model_type="qwen2")
+
+    def half(leaf):
+        array = leaf.array
+        return leaf.replace(array=array.replace(scales=array.scales.astype(jnp.float16)))
+
+    q = jax.tree.map(lambda x: half(x) if isinstance(x, RowScaled) else x, q, is_leaf=ej.arrays.is_compressed)
     folded = fold_scales(q, decoder_folds(model.config))
     up, before = folded["layers_0"]["mlp"]["up_proj"]["kernel"], q["layers_0"]["mlp"]["up_proj"]["kernel"]
     factors = q["layers_0"]["mlp"]["down_proj"]["kernel"].row_scales
     assert up.scales.dtype == jnp.float16
+    assert exactness(up, "awq").exact and not exactness(before, "awq").exact  # what folding is for
     np.testing.assert_array_equal(up.codes, before.array.codes)
     np.testing.assert_allclose(up.scales, before.array.scales * factors, rtol=2**-11)
-    apply = jax.jit(ej.lift(model.apply))
-    logits, others = (np.asarray(apply({"params": tree}, tokens)) for tree in (q, folded))
-    assert np.abs(others - logits).max() < 2e-3 * np.abs(logits).max()
 
 
 def test_folding_under_jit_gives_the_same_values():

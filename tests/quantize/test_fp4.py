@@ -11,7 +11,8 @@ from hypothesis import given, settings
 import effjax as ej
 from effjax.arrays.float_values import E2M1, e2m1_codes
 from effjax.errors import LeafError
-from effjax.quantize import FP4, MXFP4, NVFP4
+from effjax.io.formats.exactness import exactness
+from effjax.quantize import FP4, FP8, MXFP4, NVFP4
 
 VALUES = np.asarray(E2M1, np.float32)
 BITSANDBYTES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / 12
@@ -176,6 +177,13 @@ def test_through_a_checkpoint(method, tmp_path):
     back = ej.io.load_checkpoint(tmp_path / "m").params
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_the_file_formats_keep_the_leaves():
+    w = jax.random.normal(jax.random.key(0), (64, 8))
+    assert exactness(quantized(NVFP4(), w), "nvfp4").exact
+    assert exactness(quantized(MXFP4(), w), "mxfp4").exact
+    assert exactness(quantized(FP8(), w), "compressed-tensors").exact
 
 
 def test_smaller_blocks_and_finer_scales_lose_less():

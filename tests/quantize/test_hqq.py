@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 import effjax as ej
 from effjax.errors import LeafError
+from effjax.io.formats.exactness import exactness
 from effjax.quantize import HQQ, RTN
 
 quantized = jax.jit(lambda method, w: method.quantize(w), static_argnums=0)
@@ -49,8 +50,8 @@ def heavy(n, out, seed):
     return np.random.default_rng(seed).standard_t(4, (n, out)).astype(np.float32)
 
 
-@given(st.integers(2, 8), st.sampled_from([(64, 3, 16), (61, 2, None), (48, 1, 24)]), st.integers(0, 2**32 - 1))
-@settings(max_examples=15)
+@given(st.sampled_from([2, 3, 8]), st.sampled_from([(64, 3, 16), (61, 2, None)]), st.integers(0, 2**32 - 1))
+@settings(max_examples=12)
 def test_oracle(bits, shape, seed):
     """Codes, scales and zero points; a value at a boundary may round the other way."""
     n, out, group_size = shape
@@ -88,15 +89,16 @@ def test_the_fit_lowers_the_error():
 
 
 def test_integer_zero_points_would_lose():
-    """Why the array type holds real ones: rounded, they undo the fit."""
+    """Why the array type holds real ones: rounded, they undo the fit. So formats of integers are only near."""
     w = heavy(256, 32, 1)
     q = quantized(HQQ(bits=3), w)
+    assert exactness(q, "gptq").reason == "its zero points are real numbers, not integers"
     rounded = q.replace(zeros=jnp.round(q.zeros))
     real, integer = (np.abs(np.asarray(materialized(a)) - w).mean() for a in (q, rounded))
     assert integer > 1.1 * real
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
 def test_zeros_and_constants(bits, scale_dtype):
     """Exact up to the rounding of what is stored, also in a narrow group that is far from zero."""

@@ -127,7 +127,7 @@ def test_scale_of_the_fisher_does_not_matter():
     np.testing.assert_array_equal(a.tables, b.tables)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 3, 8])
 def test_edges(bits):
     """Zeros, constants, few distinct values, a Fisher diagonal of zeros: exact where a table can be, finite always."""
     w, fisher = problem(24, 6, 0)
@@ -152,7 +152,7 @@ def test_zeros_do_not_count():
     np.testing.assert_allclose(dense[1::2], w[1::2], rtol=2**-10)
 
 
-@given(st.sampled_from([(1, 1, 1), (2, 3, 2), (7, 2, 3), (33, 1, 2)]), st.integers(0, 2**32 - 1))
+@given(st.sampled_from([(1, 1, 1), (7, 2, 3), (33, 1, 2)]), st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
 def test_start(shape, seed):
     """Sorted, inside the range, and exact with as many centres as distinct points."""
