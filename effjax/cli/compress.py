@@ -52,6 +52,8 @@ class Compress:
     """Directory to write; it must not exist."""
     overwrite: Switch = False
     """Replaces --out if effjax wrote it before."""
+    target_size: OptionalText = None
+    """Chooses the width of every matrix so that the model takes at most this: 1.5MiB, or 40% of the original."""
     memory: OptionalText = None
     """Most memory that the whole process may take, such as 2GiB; the result is the same with any."""
     restart: Switch = False
@@ -71,7 +73,29 @@ class Compress:
         if not only_naming_left(self.out):
             new_directory(self.out, overwrite=self.overwrite)
         recipe = make_recipe(self.method, self.rules, method_fields(self), None)
+        if self.target_size is not None:
+            recipe = self._within_target(recipe, self.target_size)
         return self._side_by_side() if recipe is None else self._one(recipe)
+
+    def _within_target(self, recipe: Any, target: str) -> Any:
+        """A rule a matrix, chosen by what its widths cost; the dense model is in memory for that."""
+        from effjax.report_html.page import size
+        from effjax.target import recipe_for_target
+
+        if self.method is None or "bits" in method_fields(self):
+            raise ConfigError("--target-size chooses the bits of one --method, such as rtn or gptq: leave --bits out")
+        if self.memory is not None:
+            raise ConfigError(
+                "--target-size holds the dense model in memory: leave --memory out, or compress by --rules"
+            )
+        opened = open_model(self.model)
+        windows = self.calibrating.cut(opened.model)
+        with progress() as report:
+            report("costs of all widths", 0, 1)
+            chosen = recipe_for_target(opened.model, recipe.rules[0][1], target, windows, seed=recipe.seed)
+            report("costs of all widths", 1, 1)
+        say(f"{chosen}\n{size(chosen.nbytes)} of at most {size(chosen.limit)}")
+        return chosen.recipe
 
     def _side_by_side(self) -> int:
         from effjax.compress import default_recipes, survey
