@@ -41,7 +41,9 @@ def test_a_chain_of_exact_conversions(effjax: Effjax, work: Path) -> None:
 def test_a_shape_without_a_place_stays_dense(effjax: Effjax, work: Path) -> None:
     ran = effjax(f"convert tiny a --format gptq {ROUND} --bits 3")
     assert ran.code == 0
-    assert "k_proj/kernel: it is written dense: 32 inputs and 16 outputs at 3 bits fill no whole 32-bit words" in ran.out
+    assert (
+        "k_proj/kernel: it is written dense: 32 inputs and 16 outputs at 3 bits fill no whole 32-bit words" in ran.out
+    )
     ran = effjax("convert a b --format gptq_v2 --json")
     tensors = {tensor["path"]: tensor for tensor in json.loads(ran.out)["tensors"]}
     assert tensors["layers_0/attention/k_proj/kernel"]["stored"] == "dense float32"

@@ -116,7 +116,7 @@ def test_unknown_format():
 
 
 @pytest.mark.parametrize("target", WRITERS)
-@pytest.mark.parametrize("name", ["GPTQ, act-order", "bitsandbytes NF4", "dense"])
+@pytest.mark.parametrize("name", ["GPTQ, act-order", "dense"])
 def test_nearest_fits_and_is_near(name, target):
     leaf = SOURCES[name]()
     before = np.asarray(leaf if name == "dense" else leaf.materialize())
