@@ -2,6 +2,7 @@
 
     python -m benchmarks.stream            (needs 8 GiB of disk, in a directory that is removed afterwards)
     python -m benchmarks.stream --smoke    (a tenth of it)
+    python -m benchmarks.stream --parts kills
 
 Models are generated: random weights in shards as Hugging Face writes them, in bfloat16 or float32. Every compression is
 the command `effjax compress` in a process of its own, whose peak memory the system counts. The first process of each
@@ -32,6 +33,7 @@ from effjax.models.config import DecoderConfig
 from effjax.models.hf import expected_tensors
 from effjax.stream.work import read_journal, work_directory
 
+_CALIBRATION = "--calibration-windows 16 --calibration-length 256"
 _BLOCK = 1 << 22  # values that are drawn; larger tensors repeat them, which no method here can tell
 
 
@@ -162,11 +164,10 @@ def remove(directory: Path) -> None:
     directory.rmdir()
 
 
-def killed(model: Path, work: Path, flags: str, expected: str, runs: int, rng: random.Random, seconds: float) -> int:
+def killed(model: Path, out: Path, flags: str, expected: str, runs: int, rng: random.Random, seconds: float) -> int:
     """Of `runs` random kills, how many were survived: the bytes at the end are those of the whole run."""
     kills = 0
     while kills < runs:
-        out = work / "small-killed"
         since = 0
         for _ in range(100):
             begun = kills < runs and since < 4
@@ -192,76 +193,96 @@ def slope(finished: dict[str, float]) -> float:
     return float(np.median(steps[-third:]) / np.median(steps[:third]))
 
 
+def data_free(work: Path, smoke: bool) -> tuple[dict[str, Bar], dict[str, object]]:
+    """RTN of a model that is larger than the budget, under two budgets and one that is too small."""
+    config = decoder(4, 1024, 4096, 4096) if smoke else decoder(18, 2048, 8192, 32000)
+    model, flags = work / "big", "--method rtn --bits 4 --group-size 128"
+    total = generate(model, config, "float32", shards=5)
+    print(f"RTN: {total / 2**30:.2f} GiB of float32 in 5 shards", flush=True)
+    ran = _must(compress(model, work / "out", f"{flags} --memory 2GiB"))
+    whole = digest(work / "out")
+    remove(work / "out")
+    tight = _must(compress(model, work / "out", f"{flags} --memory 600MiB"))
+    same = digest(work / "out") == whole
+    remove(work / "out")
+    refused = compress(model, work / "out", f"{flags} --memory 300MiB")
+    told = refused.code == 2 and "allow at least" in refused.err and not work_directory(work / "out").exists()
+    remove(model)
+    bars = {
+        "RTN: peak memory over a budget of 2 GiB": Bar(ran.peak / 2**31, high=1.0),
+        "RTN: peak memory over a budget of 600 MiB": Bar(tight.peak / (600 * 2**20), high=1.0),
+        "RTN: same bytes under both budgets": Bar(float(same), low=1.0),
+        "RTN: a budget of 300 MiB is refused": Bar(float(told), low=1.0),
+        "RTN: seconds a layer, last third over first": Bar(slope(ran.finished), high=1.5),
+    }
+    peaks = {"rtn_peak_mib": ran.peak / 2**20, "rtn_tight_peak_mib": tight.peak / 2**20}
+    return bars, {"rtn_gib": total / 2**30, "rtn_seconds": ran.seconds, **peaks}
+
+
+def calibrated(work: Path, smoke: bool) -> tuple[dict[str, Bar], dict[str, object]]:
+    """GPTQ and LeanQuant of a model that is larger than their budgets."""
+    config = decoder(4, 256, 512, 2048) if smoke else decoder(26, 1024, 2048, 2048)
+    model = work / "small"
+    total = generate(model, config, "float32", shards=3)
+    byte_tokenizer(model)
+    print(f"GPTQ and LeanQuant: {total / 2**30:.2f} GiB of float32 in 3 shards", flush=True)
+    bars: dict[str, Bar] = {}
+    extra: dict[str, object] = {"calibrated_gib": total / 2**30}
+    for name, flags, budget in (
+        ("GPTQ", "--method gptq", 768),
+        ("LeanQuant", "--method lean_quant --set group_size=none", 896),
+    ):
+        ran = _must(compress(model, work / "out", f"{flags} --bits 4 {_CALIBRATION} --memory {budget}MiB"))
+        remove(work / "out")
+        bars[f"{name}: peak memory over a budget of {budget} MiB"] = Bar(ran.peak / (budget * 2**20), high=1.0)
+        bars[f"{name}: seconds a layer, last third over first"] = Bar(slope(ran.finished), high=1.5)
+        extra |= {f"{name.lower()}_seconds": ran.seconds, f"{name.lower()}_peak_mib": ran.peak / 2**20}
+    remove(model)
+    return bars, extra
+
+
+def kills(work: Path, smoke: bool, count: int) -> tuple[dict[str, Bar], dict[str, object]]:
+    """Random kills, half of them of RTN and half of GPTQ."""
+    rng = random.Random(0)
+    model = work / "tiny"
+    generate(model, decoder(6, 128 if smoke else 256, 512, 512), "bfloat16", shards=2)
+    byte_tokenizer(model)
+    survived = 0
+    for flags in ("--method rtn --bits 4", f"--method gptq --bits 4 {_CALIBRATION}"):
+        ran = _must(compress(model, work / "out", flags))
+        expected = digest(work / "out")
+        remove(work / "out")
+        survived += killed(model, work / "out", flags, expected, count // 2, rng, ran.seconds)
+    return {"kills with the same bytes at the end": Bar(survived, low=2 * (count // 2))}, {}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tenth of the sizes and two kills")
+    parser.add_argument("--smoke", action="store_true", help="a tenth of the sizes, two kills")
     parser.add_argument("--directory", type=Path, default=None, help="where the models are made")
-    parser.add_argument("--kills", type=int, default=None)
+    parser.add_argument("--parts", nargs="+", default=["data-free", "calibrated", "kills"])
     arguments = parser.parse_args()
     smoke = arguments.smoke
-    kills = arguments.kills or (2 if smoke else 20)
-    rng = random.Random(0)
+    parts = {
+        "data-free": data_free,
+        "calibrated": calibrated,
+        "kills": lambda work, smoke: kills(work, smoke, 2 if smoke else 20),
+    }
     bars: dict[str, Bar] = {}
     extra: dict[str, object] = {}
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
-        work = Path(temporary)
-        wide = decoder(4, 1024, 4096, 4096) if smoke else decoder(18, 2048, 8192, 32000)
-        big = work / "big"
-        total = generate(big, wide, "float32", shards=5)
-        print(f"RTN: {total / 2**30:.2f} GiB of float32 in 5 shards", flush=True)
-        ran = compress(big, work / "big-rtn", "--method rtn --bits 4 --group-size 128 --memory 2GiB")
-        _must(ran)
-        bars["RTN: peak memory over a budget of 2 GiB"] = Bar(ran.peak / 2**31, high=1.0)
-        bars["RTN: seconds a layer, last third over first"] = Bar(slope(ran.finished), high=1.5)
-        extra |= {"rtn_gib": total / 2**30, "rtn_seconds": ran.seconds, "rtn_peak_mib": ran.peak / 2**20}
-        whole = digest(work / "big-rtn")
-        remove(work / "big-rtn")
-        tight = compress(big, work / "big-tight", "--method rtn --bits 4 --group-size 128 --memory 600MiB")
-        _must(tight)
-        bars["RTN: peak memory over a budget of 600 MiB"] = Bar(tight.peak / (600 * 2**20), high=1.0)
-        bars["RTN: same bytes under both budgets"] = Bar(float(digest(work / "big-tight") == whole), low=1.0)
-        remove(work / "big-tight")
-        refused = compress(big, work / "big-none", "--method rtn --bits 4 --group-size 128 --memory 300MiB")
-        told = refused.code == 2 and "allow at least" in refused.err and not work_directory(work / "big-none").exists()
-        bars["RTN: a budget of 300 MiB is refused"] = Bar(float(told), low=1.0)
-        remove(big)
-
-        config = decoder(4, 256, 512, 2048) if smoke else decoder(26, 1024, 2048, 2048)
-        small = work / "small"
-        total = generate(small, config, "float32", shards=3)
-        byte_tokenizer(small)
-        calibration = "--calibration-windows 16 --calibration-length 256"
-        extra["calibrated_gib"] = total / 2**30
-        for name, flags in (("GPTQ", "--method gptq"), ("LeanQuant", "--method lean_quant --set group_size=none")):
-            flags = f"{flags} --bits 4 {calibration} --memory 768MiB"
-            ran = compress(small, work / "small-out", flags)
-            _must(ran)
-            bars[f"{name}: peak memory over a budget of 768 MiB"] = Bar(ran.peak / (768 * 2**20), high=1.0)
-            bars[f"{name}: seconds a layer, last third over first"] = Bar(slope(ran.finished), high=1.5)
-            key = name.lower()
-            extra |= {f"{key}_seconds": ran.seconds, f"{key}_peak_mib": ran.peak / 2**20}
-            remove(work / "small-out")
-        remove(small)
-
-        tiny = work / "tiny"
-        generate(tiny, decoder(6, 256, 512, 512), "bfloat16", shards=2)
-        byte_tokenizer(tiny)
-        survived = 0
-        for flags, share in (("--method rtn --bits 4", 0.5), (f"--method gptq --bits 4 {calibration}", 0.5)):
-            ran = compress(tiny, work / "tiny-out", flags)
-            _must(ran)
-            expected = digest(work / "tiny-out")
-            remove(work / "tiny-out")
-            # A directory of the same name, so that the texts in it are the same.
-            survived += killed(tiny, work, flags, expected, round(kills * share), rng, ran.seconds)
-        bars["kills with the same bytes at the end"] = Bar(survived, low=kills)
+    for name in arguments.parts:
+        with tempfile.TemporaryDirectory(dir=arguments.directory) as work:
+            found, more = parts[name](Path(work), smoke)
+        bars |= found
+        extra |= more
     return conclude("stream", bars, extra)
 
 
-def _must(ran: Ran) -> None:
+def _must(ran: Ran) -> Ran:
     if ran.code:
         raise SystemExit(f"exit code {ran.code}: {ran.err}")
     print(f"  {ran.seconds:.1f} s, peak {ran.peak / 2**20:.0f} MiB", flush=True)
+    return ran
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 from effjax.arrays.base import is_compressed, materialize, nbytes
 from effjax.errors import CheckpointError, EffjaxError
 from effjax.io.checkpoint import texts_of
+from effjax.io.safetensors_file import CHUNK
 from effjax.lift.calibrate import InputStats, calibrate
 from effjax.models.decoder import DecoderApply
 from effjax.models.hf import load_model
@@ -29,7 +30,6 @@ from effjax.stream.source import Source
 from effjax.stream.work import FileArray, Work, sync_directory, work_directory
 
 Progress = Callable[[str, int, int], None]
-_LEAST_PIECE = 2**26  # bytes of a transposed copy that are made at once, however small the budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class _Run:
 
     def __init__(self, job: Job, schedule: Schedule, output: Output, work: Work, memory: int | None) -> None:
         self.job, self.schedule, self.output, self.work = job, schedule, output, work
-        self.piece = max(_LEAST_PIECE, (memory - schedule.base) // 4) if memory is not None else 2**30
+        self.piece = max(CHUNK, (memory - schedule.base) // 4) if memory is not None else 2**30
         self.fisher: dict[str, InputStats] = {}
         self.error: EffjaxError | None = None
 

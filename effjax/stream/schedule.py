@@ -35,7 +35,6 @@ from effjax.stream.memory import program_bytes, resident
 MICRO_BATCH_TOKENS = 4096  # run at once while calibrating; part of the definition of the bytes, so no setting
 COMPILING = 96 * 2**20  # what the compiler and its programs take on top, measured on the methods of this package
 _PROBE = 64  # outputs of the slice that is compiled to learn what one output takes
-_COPY = 4 * CHUNK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +206,7 @@ class _Sizer:
     def least(self, unit: Unit) -> int:
         """What the unit takes when it is cut as finely as it can be."""
         if unit.kind == "copy":
-            return _COPY
+            return self._copy(unit.paths)
         if unit.kind == "stage":
             return self._stage(unit)
         if self._can_cut(unit):
@@ -244,6 +243,10 @@ class _Sizer:
             self.known[key] = self._alone({path: part})
         return 2 * nbytes(self.leaves[path]), -(-self.known[key] // count)
 
+    def _copy(self, paths: Sequence[str]) -> int:
+        """What is read at once, whether its values are finite, and as much transposed."""
+        return 4 * min(CHUNK, max(nbytes(self.structs[path]) for path in paths))
+
     def _leaves(self, unit: Unit) -> int:
         own = {path: self.structs[path] for path in unit.paths}
         key = tuple((self.methods[path], x.shape, x.dtype) for path, x in own.items())
@@ -274,7 +277,7 @@ class _Sizer:
     def _embedding(self, unit: Unit) -> int:
         own = {path: self.structs[path] for path in unit.paths if path in self.methods}
         if not own:
-            return _COPY
+            return self._copy(unit.paths) + 4 * CHUNK
         wide = sum(4 * math.prod(x.shape) for x in own.values())
         return self._alone(own) + 2 * wide + sum(nbytes(self.leaves[path]) for path in own)
 

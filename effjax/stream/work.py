@@ -91,13 +91,17 @@ class Work:
         self.finished = any(line.get("finished") for line in lines)
 
     def clear(self) -> None:
-        """Removes everything but the lock."""
+        """Removes everything but the lock; the journal first, so that it never promises what is gone."""
+        (self.root / JOURNAL).unlink(missing_ok=True)
+        self._clear_but_journal()
+        self.done = {}
+
+    def _clear_but_journal(self) -> None:
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in (LOCK, JOURNAL):
                 path.unlink()
-        self.done = {}
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes one line to the journal; on disk when this returns."""
@@ -126,8 +130,9 @@ class Work:
         self.remove()
 
     def remove(self) -> None:
-        """Removes the work directory, the lock last."""
-        self.clear()
+        """Removes the work directory; the journal stays until nothing else is left to do."""
+        self._clear_but_journal()
+        (self.root / JOURNAL).unlink(missing_ok=True)
         (self.root / LOCK).unlink()
         self.root.rmdir()
 
