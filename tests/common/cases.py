@@ -315,6 +315,10 @@ METHODS = (
         awq4=ej.quantize.AWQ(bits=4, group_size=16),
         awq3_clipped=ej.quantize.AWQ(bits=3, group_size=None, scale=False),
         squeezellm3=ej.quantize.SqueezeLLM(bits=3),
+        gptq4=ej.quantize.GPTQ(bits=4, group_size=16),
+        gptq3_by_activity=ej.quantize.GPTQ(bits=3, group_size=32, act_order=True),
+        lean_quant3=ej.quantize.LeanQuant(bits=3, group_size=16),
+        lean_quant2_affine=ej.quantize.LeanQuant(bits=2, grid="affine", candidates=64, act_order=True),
         kmeans3_groups=ej.quantize.DKM(bits=3, group_columns=8),
     ),
     *_methods(
