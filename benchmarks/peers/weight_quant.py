@@ -258,9 +258,12 @@ def speed(task: Task, worker: Worker, threads: int, console: Console) -> dict[st
         with scaling.counted() as compilations[name]:
             cold[name] = timed(run)[1]
         print(f"weight_quant: {task.name}, {name}: first run", file=sys.stderr)
+    for run in ours.values():  # the caches were emptied for each of the first runs
+        run()
     few_tokens = save_tokens(task.tokens.with_stem(f"{task.name}-few"), task.calibration[:FEW])
     few = f"{PEER}, {FEW} windows"
     first = worker.run(task.directory, task.tokens, recipe, batch=PEER_BATCH, threads=threads)
+    firsts = {PEER: first["compress_s"], f"{PEER}, solver": first["solver_s"]}
     rounds: dict[str, list[Timing]] = {name: [] for name in (PEER, few, f"{PEER}, solver", *ours)}
     for _ in range(REPEATS):
         answer = worker.run(task.directory, task.tokens, recipe, batch=PEER_BATCH, threads=threads)
@@ -276,11 +279,11 @@ def speed(task: Task, worker: Worker, threads: int, console: Console) -> dict[st
     figures: dict[str, Any] = {}
     for name, runs in rounds.items():
         wall, cpu = statistics.median(t.wall for t in runs), statistics.median(t.cpu for t in runs)
-        start = cold[name].wall if name in cold else first["solver_s" if "solver" in name else "compress_s"]
-        start = math.nan if name == few else start
+        start = cold[name].wall if name in cold else firsts.get(name)
         programs = compilations.get(name)
         counts = ("", "") if programs is None else (str(programs.count), f"{programs.seconds:.2f}")
-        table.add_row(name, f"{wall:.3f}", f"{cpu:.3f}", f"{start:.3f}", *counts)
+        begun = "" if start is None else f"{start:.3f}"
+        table.add_row(name, f"{wall:.3f}", f"{cpu:.3f}", begun, *counts)
         figures[name] = {"wall_s": wall, "cpu_s": cpu, "first_s": start, "all": [dataclasses.astuple(t) for t in runs]}
     console.print(table)
     return figures
