@@ -49,8 +49,17 @@ def assert_equal_calls(got, want, tolerance=1e-4):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1e-12))
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("entries", "iterations", "tau"), [(8, 3, 1e-4), (4, 1, 1e-3), (16, 5, 2e-5), (256, 2, 1e-5)])
+@pytest.mark.parametrize(
+    ("path", "entries", "iterations", "tau"),
+    [
+        ("histogram", 8, 3, 1e-4),
+        ("histogram", 2, 5, 1e-3),
+        ("histogram", 256, 2, 1e-5),
+        ("sort", 16, 2, 2e-5),
+        ("direct", 4, 1, 1e-3),
+        ("direct", 16, 2, 2e-5),
+    ],
+)
 def test_values_and_gradients_are_those_of_dense_dkm(path, entries, iterations, tau):
     """For weights, centroids and the temperature, with cotangents on both results."""
     w, c = weights((60, 50)), start(entries)
@@ -64,7 +73,7 @@ def test_values_and_gradients_are_those_of_dense_dkm(path, entries, iterations, 
 @settings(max_examples=12)
 def test_any_scale(seed, relative, size):
     """The bits of the weights spread over other exponents, and the gradient stays that of dense DKM."""
-    w = weights((40, 30), seed) * jnp.float32(2.0 ** round(np.log2(size)))
+    w = weights((3000,), seed) * jnp.float32(2.0 ** round(np.log2(size)))
     c, tau = start(4) * size, jnp.float32(relative * float(w.var()))
     g, g_c = jax.random.normal(jax.random.key(seed), w.shape), jnp.ones(4)
     unique = both(UNIQUE["histogram"], w, c, tau, g, g_c)
@@ -73,8 +82,8 @@ def test_any_scale(seed, relative, size):
 
 def test_finite_differences():
     """The gradient of 20 weights against differences of dense DKM in float64, written in numpy."""
-    w = np.asarray(weights((300,)), np.float64)
-    g = np.random.default_rng(0).standard_normal(300)
+    w = np.asarray(weights((3000,)), np.float64)
+    g = np.random.default_rng(0).standard_normal(3000)
     tau, c0 = 1e-4, np.asarray(start(4), np.float64)
 
     def loss(w):
@@ -88,8 +97,8 @@ def test_finite_differences():
     for path in PATHS:
         single = [jnp.asarray(x, jnp.float32) for x in (w, c0, tau, g, np.zeros(4))]
         gradient = both(UNIQUE[path], *single)[1][0]
-        for i in np.random.default_rng(1).choice(300, 20, replace=False):
-            step = 1e-6 * (np.arange(300) == i)
+        for i in np.random.default_rng(1).choice(3000, 20, replace=False):
+            step = 1e-6 * (np.arange(3000) == i)
             slope = (loss(w + step) - loss(w - step)) / 2e-6
             np.testing.assert_allclose(gradient[i], slope, rtol=1e-3, atol=1e-4)
 
@@ -134,11 +143,12 @@ def test_sixteen_bit_weights_are_taken_as_they_are(dtype):
 
 def test_a_centroid_without_weights_stays():
     """As in dense DKM, and nothing becomes NaN."""
-    w, c = weights((500,)), jnp.array([-0.02, 0.02, 5.0])
-    args = (w, c, jnp.float32(1e-4), jnp.ones(500), jnp.ones(3))
+    w, c = weights((3000,)), jnp.array([-0.02, 0.01, 0.02, 5.0])
+    # With a constant cotangent the terms cancel, and float32 leaves dense DKM only three digits.
+    args = (w, c, jnp.float32(1e-4), jnp.sin(jnp.arange(3000.0)), jnp.zeros(4))
     for path in PATHS:
         got = both(UNIQUE[path], *args)
-        assert float(got[0][1][2]) == 5.0
+        assert float(got[0][1][3]) == 5.0
         assert_equal_calls(got, both(dkm_soft, *args))
 
 
@@ -218,9 +228,14 @@ def test_memory(n):
     assert ratio >= (100 if n == 1 << 20 else 20)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
-    ("devices", "replicated", "shape"), [(8, True, (63, 7)), (4, True, (64, 20)), (4, False, (64, 20))]
+    ("kind", "devices", "replicated", "shape"),
+    [
+        (AxisType.Auto, 8, True, (63, 7)),
+        (AxisType.Auto, 4, False, (64, 20)),
+        (AxisType.Explicit, 4, True, (64, 20)),
+        (AxisType.Explicit, 4, False, (64, 20)),
+    ],
 )
 def test_sharded_index(kind, devices, replicated, shape):
     """The same values and gradients; every device keeps its share of the index, also where it does not divide."""
@@ -246,10 +261,11 @@ def test_vmap_scan_and_remat():
     w, tau = weights((3, 40, 30)), jnp.array([1e-4, 3e-5, 1e-3])
     c = jnp.stack([start(4) * s for s in (0.7, 1.0, 1.2)])
     g = jax.random.normal(jax.random.key(1), w.shape)
-    soft = functools.partial(edkm_soft, path="histogram")
+    soft = UNIQUE["histogram"]
+    one = jax.jit(soft)
 
     def loop(w, c, tau):
-        return jnp.stack([soft(w[i], c[i], tau[i])[0] for i in range(3)])
+        return jnp.stack([one(w[i], c[i], tau[i])[0] for i in range(3)])
 
     def scan(w, c, tau):
         return jax.lax.scan(lambda _, x: (None, jax.checkpoint(soft)(*x)[0]), None, (w, c, tau))[1]
