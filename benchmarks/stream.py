@@ -128,7 +128,7 @@ def compress(model: Path, out: Path, flags: str, *, kill_after: float | None = N
                     finished.setdefault(line["unit"], now)
             peak = max(peak, _peak(process.pid))
             if kill_after is not None and now >= kill_after:
-                process.send_signal(signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)  # Popen would wait for it too, and so take its usage
             time.sleep(0.02)
         process.returncode = os.waitstatus_to_exitcode(status)
         err.seek(0)
