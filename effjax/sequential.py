@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.arrays.base import materialize
-from effjax.arrays.view import fold
+from effjax.arrays.view import folded_shape
 from effjax.errors import CalibrationError
 from effjax.lift.calibrate import InputStats, calibrate
 from effjax.paths import leaves_with_paths, map_with_paths, matches
@@ -296,7 +296,7 @@ def abstract_stats(leaves: Mapping[str, Any], methods: Mapping[str, Any]) -> dic
         if not needs:
             continue
         axes = default_axes(path, leaves[path].ndim)
-        shape = jax.eval_shape(lambda x, axes=axes: fold(x, *axes), leaves[path]).shape
+        shape = folded_shape(leaves[path].shape, *axes)
         lead, n = shape[:-2], shape[-2]
         wanted = {
             "outer_sum": ("second_moment", (*lead, n, n)),

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from effjax import _compat
 from effjax.arrays.base import CompressedArray, PyTree, full_spec, is_compressed
 from effjax.arrays.sharding import partition_specs
-from effjax.arrays.view import fold, unfold
+from effjax.arrays.view import fold, folded_shape, unfold
 from effjax.errors import CalibrationError, LeafError
 from effjax.lift.calibrate import InputStats
 from effjax.paths import Where, leaves_with_paths, map_with_paths, path_str
@@ -89,7 +89,7 @@ class Leaf:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """`[*L, in, out]`."""
-        return jax.eval_shape(lambda: fold(jnp.zeros(self.value.shape), self.in_axes, self.out_axes)).shape
+        return folded_shape(self.value.shape, self.in_axes, self.out_axes)
 
 
 def select(

@@ -87,15 +87,25 @@ def fold(w: Float[Array, "..."], in_axes: tuple[int, ...], out_axes: tuple[int, 
     Raises:
         LeafError: the axes are not exactly the trailing ones.
     """
+    shape = folded_shape(w.shape, in_axes, out_axes)
+    lead = len(shape) - 2
+    return jnp.transpose(w, (*range(lead), *(w.ndim + axis for axis in (*in_axes, *out_axes)))).reshape(shape)
+
+
+def folded_shape(shape: tuple[int, ...], in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that `fold` gives, and its errors.
+
+    Example:
+        >>> folded_shape((3, 64, 4, 16), (-3,), (-2, -1))
+        (3, 64, 64)
+    """
     trailing = len(in_axes) + len(out_axes)
-    if sorted((*in_axes, *out_axes)) != list(range(-trailing, 0)) or w.ndim < trailing:
+    if sorted((*in_axes, *out_axes)) != list(range(-trailing, 0)) or len(shape) < trailing:
         raise LeafError(
-            f"in_axes={in_axes} and out_axes={out_axes} are not the trailing axes of a weight of shape {w.shape}"
+            f"in_axes={in_axes} and out_axes={out_axes} are not the trailing axes of a weight of shape {shape}"
         )
-    lead = w.ndim - trailing
-    split = jnp.transpose(w, (*range(lead), *(w.ndim + axis for axis in (*in_axes, *out_axes))))
-    rows = math.prod(w.shape[axis] for axis in in_axes)
-    return split.reshape(*w.shape[:lead], rows, -1)
+    rows, out = (math.prod(shape[axis] for axis in axes) for axes in (in_axes, out_axes))
+    return (*shape[: len(shape) - trailing], rows, out)
 
 
 def unfold(

@@ -79,7 +79,11 @@ class UniformGrid:
             mean = jnp.abs(groups).mean(-2, keepdims=True)
             return (2 * mean).astype(self.scale_dtype).astype(jnp.float32), None
         if self.clip == "full":
-            return self.stored(2 * high / self.top), None
+            # The largest weight lies half-way between two codes, and the last digit of the scale decides to which it
+            # goes. So this must be a division, and not the product with a rounded reciprocal that the compiler makes
+            # where it can see that the divisor is a constant.
+            divisor = jnp.where(jnp.isnan(high), high, self.top)
+            return self.stored(2 * high / divisor), None
         return self.stored(high / (2 ** (self.bits - 1) - 1)), None
 
     def round(self, w: Float[Array, "*L size out"], grid: Grid) -> UInt8[Array, "*L size out"]:

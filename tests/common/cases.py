@@ -164,6 +164,12 @@ ARRAYS = (
     ArrayCase(name="hashed in blocks", make=hashed(500, 8), matrix_bytes=4, shared_bytes=500, sharded=()),
     ArrayCase(name="2:4", make=n_of_m(2, 4), matrix_bytes=64 * 2 // 8 * 32, shared_bytes=64 * 32),
     ArrayCase(name="1:3", make=n_of_m(1, 3), inputs=96, matrix_bytes=32 * 2 // 8 * 32, shared_bytes=32 * 32),
+    ArrayCase(
+        name="adapter",
+        make=lambda w: arrays.Adapter(**vars(low_rank(8)(w))),
+        matrix_bytes=0,
+        shared_bytes=8 * (128 + 32),
+    ),
     ArrayCase(name="low rank", make=low_rank(8), matrix_bytes=0, shared_bytes=8 * (128 + 32)),
     ArrayCase(
         name="q2 plus low rank",
