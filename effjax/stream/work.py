@@ -179,10 +179,12 @@ def only_naming_left(out: Path) -> bool:
 
 def read_journal(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of a journal, and the bytes they take; what follows a broken line does not count."""
-    if not file.exists():
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
         return [], 0
     lines, whole = [], 0
-    for raw in file.read_bytes().splitlines(keepends=True):
+    for raw in text.splitlines(keepends=True):
         try:
             line = json.loads(raw)
         except ValueError:
