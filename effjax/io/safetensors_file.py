@@ -2,8 +2,8 @@
 
 The format: 8 bytes little-endian header size, a JSON object `{name: {dtype, shape, data_offsets}}`, then the data. The
 usual readers let a repeated name pass (the last entry wins) and name no tensor when a file is short; both are caught
-here. The usual writer wants all tensors at once; here the header comes first and each tensor is put in its place as soon
-as it is there, in any order.
+here. The usual writer wants all tensors at once; here the header comes first and each tensor is put in its place as
+soon as it is there, in any order.
 """
 
 import dataclasses

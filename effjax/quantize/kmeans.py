@@ -23,8 +23,8 @@ def weighted_kmeans(
 
     In one dimension the points of a centre are an interval of the sorted points. So points are sorted once, weights and
     weighted points are summed up once, and a step is `entries` searches and differences of those running sums, in
-    place of a pass over all points. Running sums have some forty bits, since weights may span many orders of magnitude. A
-    centre without points, or without weight, stays where it is. Every column stops for itself, so that a column's
+    place of a pass over all points. Running sums have some forty bits, since weights may span many orders of magnitude.
+    A centre without points, or without weight, stays where it is. Every column stops for itself, so that a column's
     result does not depend on the others.
 
     Args:

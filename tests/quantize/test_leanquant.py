@@ -43,7 +43,7 @@ def test_non_uniform_oracle(shape, bits, seed):
     n, out, group_size = shape
     size = n if group_size is None else group_size
     w, x = weights(n, out, seed), inputs(n, seed=seed)
-    q = compress(LeanQuant(bits=bits, group_size=group_size, p=2.0), w, statistics(x))
+    q = compress(LeanQuant(bits=bits, group_size=group_size, start="even"), w, statistics(x))
     assert isinstance(q, Codebook) and q.shape == (n, out) and q.tables.shape == (1, out, 2**bits)
     s = shares(moment(x), 2.0, 0.1)
     scales = np.ones((n, out))
@@ -167,7 +167,8 @@ def test_gradients_reach_the_tables():
     [
         ({"bits": 0}, "bits=0: choose 1 to 8"),
         ({"grid": "free"}, "grid='free': choose 'non_uniform' or 'affine'"),
-        ({"iterations": 0}, "iterations=0, candidates=2048, p=4.0: at least one iteration"),
+        ({"start": "random"}, "start='random': choose 'split' or 'even'"),
+        ({"iterations": 0}, "iterations=0, candidates=2048, p=2.0: at least one iteration"),
         ({"damping": float("nan")}, "damping=nan: a fraction"),
         ({"group_size": -1}, "group_size=-1: a positive number"),
         ({"table_dtype": "uint8"}, "table_dtype='uint8' is no floating dtype"),

@@ -165,7 +165,7 @@ def test_bfloat16_weights_are_rounded_in_float32():
         ({"bits": 0}, "bits=0: choose 1 to 8"),
         ({"bits": 9}, "bits=9: choose 1 to 8"),
         ({"group_size": 0}, "group_size=0: a positive number, or None for one group a column"),
-        ({"clip": "max"}, "clip='max': choose 'absmax' or 'mse'"),
+        ({"clip": "max"}, "clip='max': choose 'absmax', 'full' or 'mse'"),
         ({"steps": 0}, r"steps=0, smallest=0.4: at least one step, a fraction in \(0, 1\]"),
         ({"smallest": 1.5}, r"steps=40, smallest=1.5: at least one step, a fraction in \(0, 1\]"),
         ({"scale_dtype": "int8"}, "scale_dtype='int8' is no floating dtype"),
