@@ -33,12 +33,14 @@ class Method:
         sums: whether the result depends on the order of sums over a matrix. Then the two matrix axes of a sharded
             weight are gathered first, one weight at a time, so that the bytes are those of a single device.
         joint: whether weights that saw the same inputs are compressed together, by `compress_jointly`.
+        by_column: whether a run of outputs gets the bytes it has in the whole weight, so that a large one may be cut.
     """
 
     needs: frozenset[str] = frozenset()
     needs_key: bool = False
     sums: bool = False
     joint: bool = False
+    by_column: bool = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises LeafError when a weight `[*L, in, out]` of this shape cannot be taken."""

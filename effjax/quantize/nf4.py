@@ -42,7 +42,7 @@ class NF4(Method):
         scale_dtype: dtype of the stored scales.
     """
 
-    by_column = True  # a run of outputs gets the bytes it has in the whole weight, so that a large one may be cut
+    by_column = True
 
     block_size: int | None = 64
     scale_dtype: str = "float16"

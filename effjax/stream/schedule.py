@@ -232,7 +232,7 @@ class _Sizer:
     def _can_cut(self, unit: Unit) -> bool:
         path = unit.paths[0]
         method, struct = self.methods[path], self.structs[path]
-        return len(unit.paths) == 1 and len(struct.shape) == 2 and getattr(method, "by_column", False)
+        return len(unit.paths) == 1 and len(struct.shape) == 2 and method.by_column
 
     def _cut(self, path: str) -> tuple[int, int]:
         """Bytes that a leaf takes however it is cut, and bytes that each output in a slice takes."""
