@@ -1,7 +1,7 @@
 """Names of leaves in a parameter tree, and the patterns that select them."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,23 @@ def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
 def map_with_paths(fn: Callable[..., Any], tree: PyTree) -> PyTree:
     """Rebuilds `tree` with `fn(path, leaf)` in place of each leaf; a compressed array counts as one leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_str(path), leaf), tree, is_leaf=is_compressed)
+
+
+def nest(flat: Mapping[str, Any]) -> PyTree:
+    """Nested dicts from leaves by path: for a tree of dicts, the inverse of `dict(leaves_with_paths(tree))`.
+
+    Example:
+        >>> nest({"mlp/up/kernel": 1, "mlp/bias": 2})
+        {'mlp': {'up': {'kernel': 1}, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def matches(where: Where, path: str, leaf: Any) -> bool:

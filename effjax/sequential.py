@@ -14,7 +14,7 @@ from effjax.arrays.base import materialize
 from effjax.arrays.view import folded_shape
 from effjax.errors import CalibrationError
 from effjax.lift.calibrate import InputStats, calibrate
-from effjax.paths import leaves_with_paths, map_with_paths, matches
+from effjax.paths import leaves_with_paths, map_with_paths, matches, nest
 from effjax.recipe import Recipe, apply_recipe, methods_by_path
 from effjax.rules import default_axes
 
@@ -330,15 +330,3 @@ def _windows(carry: PyTree) -> int:
 def below(name: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves under `name`, by the rest of their paths."""
     return {path[len(name) + 1 :]: leaf for path, leaf in flat.items() if path.startswith(f"{name}/")}
-
-
-def nest(flat: Mapping[str, Any]) -> PyTree:
-    """Nested dicts from leaves by path."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

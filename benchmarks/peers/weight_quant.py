@@ -32,15 +32,14 @@ from rich.console import Console
 from rich.table import Table
 
 import effjax as ej
+from benchmarks import language_models
 from benchmarks.bars import Bar, conclude
-from benchmarks.claims.stories260k import CHARACTERS, LENGTH, MODEL, TEXT, WINDOWS, weight_bytes
+from benchmarks.claims.stories260k import LENGTH, MODEL, TEXT, weight_bytes
 from benchmarks.peers import scaling
 from benchmarks.peers.process import Timing, Worker, environment, gptq_recipe, save_tokens
-from effjax.data import python_docs
 from effjax.errors import EffjaxError
-from effjax.evaluate import Comparison, compare_many, windows_from_text
+from effjax.evaluate import Comparison, compare_many
 from effjax.models.decoder import stages
-from effjax.models.embedded import load_default
 from effjax.models.hf import LoadedModel, load_model, save_hf
 from effjax.paths import leaves_with_paths
 from effjax.recipe import Recipe
@@ -101,32 +100,26 @@ class Task:
 
 
 def stories(data: Path, work: Path, seed: int) -> Task:
-    """stories260K: judged on the last windows of the text, calibrated on windows drawn from those before."""
-    model = load_model(data / MODEL)
-    text = (data / TEXT).read_text(encoding="utf-8")[:CHARACTERS]
-    windows = windows_from_text(model.tokenizer, text, length=LENGTH, bos=model.config.bos_token_id)
-    return make_task("stories260K", model, windows[:-WINDOWS], windows[-WINDOWS:], work, seed)
+    """stories260K on disk, with the windows of all benchmarks."""
+    return on_disk(language_models.stories(data), work, seed)
 
 
 def embedded(work: Path, seed: int) -> Task:
-    """The model in the package: its training documents to calibrate on, its held-out ones to judge on."""
-    model = load_default(dtype="float32")
-    config = model.config
-    ends = (*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id]))
-
-    def cut(split: Any) -> np.ndarray:
-        documents = python_docs.documents(split)
-        return windows_from_text(model.tokenizer, documents, length=LENGTH, bos=config.bos_token_id, separator=ends)
-
-    return make_task("embedded", model, cut("train"), cut("heldout"), work, seed)
+    """The model in the package, judged on all of its held-out documents."""
+    return on_disk(language_models.embedded(judged=sys.maxsize), work, seed)
 
 
-def make_task(name: str, model: LoadedModel, pool: np.ndarray, judged: np.ndarray, work: Path, seed: int) -> Task:
-    drawn = np.sort(np.random.default_rng(seed).choice(len(pool), CALIBRATION, replace=False))
-    directory = work / name
-    save_hf(directory, model.config, model.params)
-    tokens = save_tokens(work / f"{name}.npy", pool[drawn])
-    return Task(name=name, model=model, calibration=pool[drawn], evaluation=judged, directory=directory, tokens=tokens)
+def on_disk(task: language_models.Task, work: Path, seed: int) -> Task:
+    directory, calibration = work / task.name, task.calibration(seed, CALIBRATION)
+    save_hf(directory, task.model.config, task.model.params)
+    return Task(
+        name=task.name,
+        model=task.model,
+        calibration=calibration,
+        evaluation=task.evaluation,
+        directory=directory,
+        tokens=save_tokens(work / f"{task.name}.npy", calibration),
+    )
 
 
 def our_gptq(setting: Setting) -> Any:

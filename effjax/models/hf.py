@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +16,7 @@ from effjax.io.directory import renamed_when_whole
 from effjax.io.safetensors_file import TensorEntry, read_entries
 from effjax.models.config import DecoderConfig, token_ids
 from effjax.models.decoder import DecoderApply, stack_layers, unstack_layers
-from effjax.paths import leaves_with_paths
+from effjax.paths import leaves_with_paths, nest
 
 PyTree = Any
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -167,7 +166,7 @@ def read_dense(
                 f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
                 "write tie_word_embeddings false to use the head"
             )
-    return _nest({path: leaf if is_compressed(leaf) else jnp.asarray(leaf) for path, leaf in flat.items()})
+    return nest({path: leaf if is_compressed(leaf) else jnp.asarray(leaf) for path, leaf in flat.items()})
 
 
 def read_config(directory: Path, *, quantized: bool = False, **changes: Any) -> DecoderConfig:
@@ -421,14 +420,3 @@ def read_finite(name: str, entry: TensorEntry) -> np.ndarray:
             "file again or ask its author"
         )
     return weight
-
-
-def _nest(flat: dict[str, jax.Array]) -> PyTree:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

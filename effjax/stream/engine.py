@@ -20,9 +20,10 @@ from effjax.io.safetensors_file import CHUNK
 from effjax.lift.calibrate import InputStats, calibrate
 from effjax.models.decoder import DecoderApply
 from effjax.models.hf import load_model
+from effjax.paths import nest
 from effjax.recipe import Recipe
 from effjax.rules import default_axes
-from effjax.sequential import advance, batches, below, compress_flat, compress_stage, nest
+from effjax.sequential import advance, batches, below, compress_flat, compress_stage
 from effjax.stream.memory import return_freed_memory
 from effjax.stream.output import SHARD_BYTES, Output, encode_leaf, output_axes, output_layout, whole_leaf
 from effjax.stream.schedule import Schedule, Unit, make_schedule, micro_batch, slice_struct

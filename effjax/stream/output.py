@@ -14,7 +14,7 @@ from effjax.errors import CheckpointError
 from effjax.io.checkpoint import WEIGHTS
 from effjax.io.encoding import encode
 from effjax.io.safetensors_file import TensorEntry, layout, put, reserve
-from effjax.sequential import nest
+from effjax.paths import nest
 
 SHARD_BYTES = 4 * 2**30
 

@@ -15,7 +15,7 @@ from effjax.io.safetensors_file import CHUNK
 from effjax.lift.calibrate import calibrate
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import stages as decoder_stages
-from effjax.paths import leaves_with_paths
+from effjax.paths import leaves_with_paths, nest
 from effjax.recipe import Recipe, methods_by_path
 from effjax.rules import default_axes
 from effjax.sequential import (
@@ -28,7 +28,6 @@ from effjax.sequential import (
     compress_flat,
     groups_of,
     needs_inputs,
-    nest,
 )
 from effjax.stream.memory import program_bytes, resident
 

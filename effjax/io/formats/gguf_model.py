@@ -38,7 +38,7 @@ from effjax.models.config import DecoderConfig
 from effjax.models.decoder import unstack_layers
 from effjax.models.hf import LoadedModel, StoredTensor, expected_tensors
 from effjax.models.hf import read_tokenizer as read_tokenizer_beside
-from effjax.paths import leaves_with_paths
+from effjax.paths import leaves_with_paths, nest
 
 PyTree = Any
 FileType = Literal["keep", "q4_0", "q8_0", "f16", "bf16", "f32"]
@@ -108,16 +108,12 @@ def read_model(path: str | os.PathLike[str], *, dtype: Any = None) -> LoadedMode
     config = _config(file, found)
     expected = {_gguf_name(name): stored for name, stored in expected_tensors(config).items()}
     _compare(file, found, expected)
-    params: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, stored in expected.items():
         leaf = found.tensors[name].read(rows=_rows(config, name, reading=True))
-        *parents, last = stored.path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = _parameter(leaf, stored, dtype)
+        flat[stored.path] = _parameter(leaf, stored, dtype)
     tokenizer = read_tokenizer(found.metadata, file.name) or read_tokenizer_beside(file.parent)
-    return LoadedModel(config=config, params=params, tokenizer=tokenizer, source=file.name)
+    return LoadedModel(config=config, params=nest(flat), tokenizer=tokenizer, source=file.name)
 
 
 def write_model(
