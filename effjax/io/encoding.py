@@ -79,6 +79,8 @@ def _encode_leaf(name: str, leaf: CompressedArray, named: dict[str, Any]) -> dic
             entry[field] = None  # said openly: a field that is neither here nor among the arrays was lost
         else:
             named[f"{name}.{field}"] = value
+            if leaf.__dataclass_fields__[field].default is None:  # type: ignore[attr-defined]
+                entry[field] = True  # a field that files of an earlier version do not know: said to be there
     return entry
 
 
@@ -130,8 +132,8 @@ def _decode_leaf(name: str, entry: Mapping[str, Any], rest: dict[str, Any]) -> C
             fields[field] = None
         else:
             fields[field] = rest.pop(f"{name}.{field}", None)
-            if fields[field] is None and declared.default is None:
-                continue  # a field that files of an earlier version do not know; the tensors' hashes tell a lost one
+            if fields[field] is None and declared.default is None and entry.get(field) is not True:
+                continue
             if fields[field] is None:
                 raise CheckpointError(f"{name}.{field} is missing: a {kind.__name__} leaf cannot be read without it")
     return kind(**fields)
