@@ -68,7 +68,7 @@ def oracle(w, x, bits, group_size, *, symmetric=False, clip="absmax", act_order=
     st.sampled_from([(False, False), (True, True), (True, False)]),
     st.integers(0, 5),
 )
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_oracle(shape, bits, symmetric, orders, seed):
     n, out, group_size = shape
     act_order, static = orders

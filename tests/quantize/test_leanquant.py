@@ -37,7 +37,7 @@ def test_importance():
 
 
 @given(st.sampled_from([(24, 5, None), (24, 3, 8), (33, 2, 11)]), st.sampled_from([1, 2, 3, 5]), st.integers(0, 5))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_non_uniform_oracle(shape, bits, seed):
     """Tables as good as those of a plain Lloyd, then the sweep rounds to the nearest entry of the stored table."""
     n, out, group_size = shape
@@ -87,7 +87,7 @@ def test_weights_matter():
 
 
 @given(st.integers(1, 4), st.integers(0, 20), st.sampled_from([16, 40]))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_coarse_search_ends_near_the_exhaustive_one(bits, seed, size):
     rng = np.random.default_rng(seed)
     groups = rng.standard_t(4, (2, size, 3)).astype(np.float32)

@@ -32,7 +32,7 @@ CONFIG = DecoderConfig(
 )
 METHODS = {
     "data-free": "--method rtn --bits 4 --group-size 32",
-    "calibrated": "--method gptq --bits 4 --group-size 32 --calibration text.txt --calibration-windows 4",
+    "calibrated": "--method low_rank --set rank=4 weighted=true --calibration text.txt --calibration-windows 4",
 }
 
 
