@@ -1,11 +1,16 @@
 """What every test runs under: eight host devices for the sharding tests, and hypothesis without a clock."""
 
+import itertools
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
+import pytest
 
 HOST_DEVICES = 8
+MAPPINGS = 25_000  # of memory by one process; Linux allows 65,530, and the compiler dies where it gets no more
+_finished = itertools.count(1)
 
 
 def pytest_configure(config):
@@ -16,3 +21,11 @@ def pytest_configure(config):
     hypothesis.settings.register_profile("local", deadline=None)
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def programs_do_not_pile_up():
+    """Every compiled program keeps mappings of memory: thousands of tests in a process would run out of them."""
+    yield
+    if next(_finished) % 16 == 0 and len(Path("/proc/self/maps").read_bytes().splitlines()) > MAPPINGS:
+        jax.clear_caches()

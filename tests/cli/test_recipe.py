@@ -151,7 +151,7 @@ def test_mistakes_of_the_transforms_come_through() -> None:
         ("bits: 8", "bits: 9", "line 6: method 'rtn': bits=9: choose 1 to 8"),
         ("bits: 8", "bits: four", "line 6: method 'rtn': bits must be int, found 'four'"),
         ("bits: 8", "bits: true", "line 6: method 'rtn': bits must be int, found True"),
-        ("bits: 8", "clip: mean", "line 6: method 'rtn': clip must be 'absmax' or 'mse', found 'mean'"),
+        ("bits: 8", "clip: mean", "line 6: method 'rtn': clip must be 'absmax' or 'full' or 'mse', found 'mean'"),
         ("    method: none", "    methods: none", r"line 8: a rule has no key 'methods' \(did you mean 'method'\?\)"),
         ("    method: none", "    args: {}", "line 7: a rule needs a method"),
         ("seed: 3", "sed: 3", r"line 2: a recipe has no key 'sed' \(did you mean 'seed'\?\)"),

@@ -347,7 +347,7 @@ def test_weights_of_one_input_share_their_sums():
     first = stats["q"]["kernel"]
     for name in ("k", "v"):
         other = stats[name]["kernel"]
-        assert other.source == first.source == "q/kernel"
+        assert other.source == first.source == "k/kernel"  # the first by name
         assert other.outer_sum is first.outer_sum and other.abs_sum is first.abs_sum and other.count is first.count
     assert stats["out"]["kernel"].source == "out/kernel"
     assert stats["out"]["kernel"].outer_sum is not first.outer_sum
