@@ -1,6 +1,5 @@
 """What every test runs under: eight host devices for the sharding tests, and hypothesis without a clock."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -9,8 +8,7 @@ import jax
 import pytest
 
 HOST_DEVICES = 8
-MAPPINGS = 25_000  # of memory by one process; Linux allows 65,530, and the compiler dies where it gets no more
-_finished = itertools.count(1)
+MAPPINGS = 10_000  # of memory by one process; Linux allows 65,530, and the compiler dies where it gets no more
 
 
 def pytest_configure(config):
@@ -23,9 +21,13 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def programs_do_not_pile_up():
-    """Every compiled program keeps mappings of memory: thousands of tests in a process would run out of them."""
+    """Every compiled program keeps mappings of memory: thousands of tests in a process would run out of them.
+
+    Between modules, since the tests of one may count on programs that another of them compiled.
+    """
     yield
-    if next(_finished) % 16 == 0 and len(Path("/proc/self/maps").read_bytes().splitlines()) > MAPPINGS:
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPPINGS:
         jax.clear_caches()
