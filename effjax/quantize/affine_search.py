@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from effjax.quantize.uniform import Grid, UniformGrid
 
-COARSE = 8  # positions of each end in the first round
+COARSE = 8  # strides of each end in the first round
 Ends = tuple[jax.Array, jax.Array]  # how far each end has moved, in steps: float32[groups, 1, out]
 
 
@@ -21,7 +21,7 @@ def search_affine(
     """Searches `lo = min + a R / T`, `hi = max - b R / T` with `a, b` in `0 .. T/2 - 1` (LeanQuant, section 3.3).
 
     The paper tries all `T**2 / 4` pairs, a million for T = 2048, in one GPU kernel. The error is smooth in both ends on
-    the scale of a step of the grid, so a coarse search over 8 by 8 pairs, refined around the best pair of each group by
+    the scale of a step of the grid, so a coarse search over 9 by 9 pairs, refined around the best pair of each group by
     halving the stride down to one, ends within a percent or so of the error of the full one (tested), after about a
     hundred pairs.
 
