@@ -1,0 +1,1 @@
+"""Kernels op by op: bytes moved, time or the compiler's estimate, and the fraction of the limit."""

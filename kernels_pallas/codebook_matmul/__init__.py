@@ -1,0 +1,1 @@
+"""Products with `effjax.arrays.Codebook`: one file a platform."""

@@ -1,0 +1,1 @@
+"""Products with `effjax.arrays.Hashed`: one file a platform."""

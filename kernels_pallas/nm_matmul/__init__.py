@@ -1,0 +1,1 @@
+"""Products with `effjax.arrays.NMSparse`: one file a platform."""

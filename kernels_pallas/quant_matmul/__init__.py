@@ -1,0 +1,1 @@
+"""Products with `effjax.arrays.Quantized`: one file a platform."""
