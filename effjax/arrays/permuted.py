@@ -4,15 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from effjax.arrays.base import CompressedArray, Spec, register
+from effjax.arrays.wrapping import Wrapping
 
 
 @register
-class Permuted(CompressedArray):
+class Permuted(Wrapping):
     """`W[order[i], o] = array[i, o]`: groups are runs of the stored rows, so they may be any rows of `W`.
 
     A product gathers its inputs first and then runs on the stored order (as kernels for GPTQ's `desc_act` do).
@@ -34,30 +34,12 @@ class Permuted(CompressedArray):
     order: Int[Array, "*L in"]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        return self.array.dtype
-
-    def astype(self, dtype: Any) -> "Permuted":
-        return self.replace(array=self.array.astype(dtype))
-
-    @property
     def places(self) -> jax.Array:
         """`int32[*L, in]`: the stored row of each input; the inverse of `order`."""
         return jnp.argsort(self.order, axis=-1)
 
     def materialize(self) -> jax.Array:
         return jnp.take_along_axis(self.array.materialize(), self.places[..., None], axis=-2)
-
-    def columns(self, ids: jax.Array) -> "Permuted | None":
-        array = self.array.columns(ids)
-        return None if array is None else self.replace(array=array)
-
-    def logical_spec(self) -> Spec:
-        return self.array.logical_spec()
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, _, out = spec  # a shard of the rows would need inputs of other shards

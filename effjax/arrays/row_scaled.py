@@ -4,15 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from effjax.arrays.base import CompressedArray, Spec, register
+from effjax.arrays.wrapping import Wrapping
 
 
 @register
-class RowScaled(CompressedArray):
+class RowScaled(Wrapping):
     """`W[i, o] = row_scales[i] * array[i, o]`; a product scales its inputs first.
 
     Attributes:
@@ -30,27 +30,9 @@ class RowScaled(CompressedArray):
     array: CompressedArray
     row_scales: Float[Array, "*L in"]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        return self.array.dtype
-
-    def astype(self, dtype: Any) -> "RowScaled":
-        return self.replace(array=self.array.astype(dtype))
-
     def materialize(self) -> jax.Array:
         scaled = self.array.materialize().astype(jnp.float32) * self.row_scales.astype(jnp.float32)[..., None]
         return scaled.astype(self.dtype)
-
-    def columns(self, ids: jax.Array) -> "RowScaled | None":
-        array = self.array.columns(ids)
-        return None if array is None else self.replace(array=array)
-
-    def logical_spec(self) -> Spec:
-        return self.array.logical_spec()
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, _ = spec
