@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from effjax.arrays.quantized import Quantized
 from effjax.arrays.row_scaled import RowScaled
 from effjax.lift.calibrate import InputStats
+from effjax.quantize.checks import check_group_size, check_groups
 from effjax.quantize.one_by_one import one_by_one
 from effjax.quantize.rtn import as_quantized
-from effjax.quantize.uniform import UniformGrid, check_group_size, check_groups, grouped
+from effjax.quantize.uniform import UniformGrid, grouped
 from effjax.transform import Method
 
 _RATIOS = 20  # exponents 0, 1/20, ..., 19/20

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from effjax.arrays.codebook import Codebook
 from effjax.errors import LeafError
 from effjax.quantize.centroids import kmeans, nearest
+from effjax.quantize.checks import check_bits, check_choice, check_size
 from effjax.quantize.one_by_one import one_by_one
 from effjax.transform import Method
 
@@ -51,16 +52,13 @@ class DKM(Method):
     sums = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: choose 1 to 8")
+        check_bits(self.bits)
         if not self.tau > 0:
             raise ValueError(f"tau={self.tau}: a positive temperature")
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: at least one")
-        if self.group_columns is not None and self.group_columns < 1:
-            raise ValueError(f"group_columns={self.group_columns}: a positive number, or None for one table a matrix")
-        if self.round_to not in (None, "bfloat16", "float16"):
-            raise ValueError(f"round_to={self.round_to!r}: choose 'bfloat16', 'float16' or None")
+        check_size("a positive number, or None for one table a matrix", group_columns=self.group_columns)
+        check_choice(("bfloat16", "float16", None), round_to=self.round_to)
 
     @property
     def entries(self) -> int:

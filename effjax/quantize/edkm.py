@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt16
 
 from effjax.errors import LeafError
+from effjax.quantize.checks import check_choice
 from effjax.quantize.dkm import DEAD, DKM
 
 Path = Literal["auto", "histogram", "sort", "direct"]
@@ -73,8 +74,7 @@ class EDKM(DKM):
         super().__post_init__()
         if self.round_to is None:
             raise ValueError("round_to=None: choose 'bfloat16' or 'float16' (DKM takes weights as they are)")
-        if self.path not in ("auto", "histogram", "sort", "direct"):
-            raise ValueError(f"path={self.path!r}: choose 'auto', 'histogram', 'sort' or 'direct'")
+        check_choice(("auto", "histogram", "sort", "direct"), path=self.path)
 
     def soft(self, w: jax.Array, centroids: jax.Array, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         return edkm_soft(

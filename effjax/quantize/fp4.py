@@ -1,17 +1,15 @@
 """Four-bit floats: plain FP4 with a scale a block, NVFP4 with scales on two levels, MXFP4 with powers of two."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from effjax.arrays.codebook import Codebook
 from effjax.arrays.float_values import E2M1, E2M1_MAX, e2m1_codes, float8_max
-from effjax.quantize.uniform import check_groups, grouped
-from effjax.transform import Method
+from effjax.quantize.blocks import Blockwise, Coded, scales_of
+from effjax.quantize.checks import check_choice, check_floating
 
 # The FP4 of bitsandbytes by code, with the sign in the highest bit; like NF4 it is scaled by the largest magnitude.
 BITSANDBYTES = tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
@@ -21,7 +19,7 @@ _E8M0_RANGE = (-126, 127)  # exponents of float8_e8m0fnu that are normal float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FP4(Method):
+class FP4(Blockwise):
     """Four-bit floats scaled by the largest magnitude of a block (QLoRA, Dettmers et al. 2023, compares NF4 with it).
 
     Attributes:
@@ -41,36 +39,20 @@ class FP4(Method):
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
-        if self.levels not in ("e2m1", "bitsandbytes"):
-            raise ValueError(f"levels={self.levels!r}: choose 'e2m1' or 'bitsandbytes'")
-        if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
-            raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
+        self.check_block_size()
+        check_choice(("e2m1", "bitsandbytes"), levels=self.levels)
+        check_floating(scale_dtype=self.scale_dtype)
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        check_groups(shape, self.block_size)
-
-    def compress(self, w: jax.Array, *, stats: Any = None, key: Any = None) -> Codebook:
-        return self.quantize(w)
-
-    def quantize(self, w: Float[Array, "*L in out"]) -> Codebook:
-        """Quantizes one weight.
-
-        Raises:
-            LeafError: the block size does not divide the inputs.
-        """
-        self.check(w.shape)
-        blocks, largest = _blocks(w, self.block_size)
+    def _blocks(self, blocks: jax.Array, largest: jax.Array) -> Coded:
         table, top = (E2M1, E2M1_MAX) if self.levels == "e2m1" else (BITSANDBYTES, 1.0)
-        scales = (largest / top).astype(self.scale_dtype)
-        scales = jnp.where(scales > 0, scales, jnp.ones_like(scales))
+        scales = scales_of(largest / top, self.scale_dtype)
         ratios = blocks / scales.astype(jnp.float32)
         codes = e2m1_codes(ratios) if self.levels == "e2m1" else _nearest(ratios, table)
-        return _codebook(w, codes, table, scales)
+        return codes, table, scales, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NVFP4(Method):
+class NVFP4(Blockwise):
     """e2m1 in blocks of 16 whose scales are e4m3 floats, relative to one float32 number a matrix (NVIDIA 2025).
 
     That number puts the scale of the largest block at the top of e4m3: `global_scale = 448 * 6 / max|W|`, and a block
@@ -88,22 +70,9 @@ class NVFP4(Method):
     block_size: int = 16
 
     def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
+        self.check_block_size()
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        check_groups(shape, self.block_size)
-
-    def compress(self, w: jax.Array, *, stats: Any = None, key: Any = None) -> Codebook:
-        return self.quantize(w)
-
-    def quantize(self, w: Float[Array, "*L in out"]) -> Codebook:
-        """Quantizes one weight.
-
-        Raises:
-            LeafError: the block size does not divide the inputs.
-        """
-        self.check(w.shape)
-        blocks, largest = _blocks(w, self.block_size)
+    def _blocks(self, blocks: jax.Array, largest: jax.Array) -> Coded:
         top = float8_max("float8_e4m3fn")
         whole = largest.max((-3, -1), keepdims=True)  # [*L, 1, 1, 1]
         # A matrix of zeros, or one so small that the number would overflow, keeps 1.
@@ -112,11 +81,11 @@ class NVFP4(Method):
         wanted = largest / E2M1_MAX * global_scale
         scales = jnp.clip(wanted, _E4M3_SMALLEST, top).astype(jnp.float8_e4m3fn)
         codes = e2m1_codes(blocks / (scales.astype(jnp.float32) / global_scale))
-        return _codebook(w, codes, E2M1, scales, global_scale[..., 0])
+        return codes, E2M1, scales, global_scale[..., 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MXFP4(Method):
+class MXFP4(Blockwise):
     """e2m1 in blocks of 32 whose scale is a power of two (OCP Microscaling Formats v1.0, sections 5.2 and 6.3).
 
     Attributes:
@@ -134,42 +103,17 @@ class MXFP4(Method):
     exponent: Literal["floor", "ceil"] = "floor"
 
     def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
-        if self.exponent not in ("floor", "ceil"):
-            raise ValueError(f"exponent={self.exponent!r}: choose 'floor' or 'ceil'")
+        self.check_block_size()
+        check_choice(("floor", "ceil"), exponent=self.exponent)
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        check_groups(shape, self.block_size)
-
-    def compress(self, w: jax.Array, *, stats: Any = None, key: Any = None) -> Codebook:
-        return self.quantize(w)
-
-    def quantize(self, w: Float[Array, "*L in out"]) -> Codebook:
-        """Quantizes one weight.
-
-        Raises:
-            LeafError: the block size does not divide the inputs.
-        """
-        self.check(w.shape)
-        blocks, largest = _blocks(w, self.block_size)
+    def _blocks(self, blocks: jax.Array, largest: jax.Array) -> Coded:
         fraction, exponent = jnp.frexp(largest)  # largest = fraction * 2**exponent, fraction in [1/2, 1)
         exponent -= 3
         if self.exponent == "ceil":
             exponent += fraction > E2M1_MAX / 8
         exponent = jnp.where(largest > 0, jnp.clip(exponent, *_E8M0_RANGE), 0)
         scales = jnp.ldexp(jnp.ones_like(largest), exponent)
-        return _codebook(w, e2m1_codes(blocks / scales), E2M1, scales.astype(jnp.float8_e8m0fnu))
-
-
-def _check_block_size(block_size: int | None) -> None:
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size={block_size}: a positive number of inputs that share a scale")
-
-
-def _blocks(w: jax.Array, block_size: int | None) -> tuple[jax.Array, jax.Array]:
-    """Blocks `float32[*L, blocks, size, out]` and their largest magnitudes `[*L, blocks, 1, out]`."""
-    blocks = grouped(w.astype(jnp.float32), block_size)
-    return blocks, jnp.abs(blocks).max(-2, keepdims=True)
+        return e2m1_codes(blocks / scales), E2M1, scales.astype(jnp.float8_e8m0fnu), None
 
 
 def _nearest(x: jax.Array, table: tuple[float, ...]) -> jax.Array:
@@ -177,17 +121,3 @@ def _nearest(x: jax.Array, table: tuple[float, ...]) -> jax.Array:
     values, codes = np.unique(np.asarray(table, np.float32), return_index=True)
     found = jnp.searchsorted(jnp.asarray((values[1:] + values[:-1]) / 2), x)
     return jnp.asarray(codes.astype(np.uint8))[found]
-
-
-def _codebook(
-    w: jax.Array,
-    codes: jax.Array,
-    table: tuple[float, ...],
-    scales: jax.Array,
-    global_scale: jax.Array | None = None,
-) -> Codebook:
-    """The leaf of codes in blocks, scales `[*L, blocks, 1, out]` and one table for all."""
-    tables = jnp.broadcast_to(jnp.asarray(table, jnp.float32), (*w.shape[:-2], 1, 1, 16))
-    return Codebook.from_codes(
-        codes.reshape(w.shape), tables, scales[..., 0, :], dtype=w.dtype, global_scale=global_scale
-    )

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from effjax.arrays.codebook import Codebook
 from effjax.arrays.float_values import Float8, float8_codes, float8_max, float8_table
+from effjax.quantize.blocks import scales_of
+from effjax.quantize.checks import check_floating
 from effjax.transform import Method
 
 
@@ -32,8 +34,7 @@ class FP8(Method):
     def __post_init__(self) -> None:
         if self.kind not in get_args(Float8):
             raise ValueError(f"kind={self.kind!r}: choose of {get_args(Float8)}")
-        if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
-            raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
+        check_floating(scale_dtype=self.scale_dtype)
 
     def compress(self, w: jax.Array, *, stats: Any = None, key: Any = None) -> Codebook:
         return self.quantize(w)
@@ -41,8 +42,7 @@ class FP8(Method):
     def quantize(self, w: Float[Array, "*L in out"]) -> Codebook:
         """Quantizes one weight."""
         x = w.astype(jnp.float32)
-        scales = (jnp.abs(x).max(-2, keepdims=True) / float8_max(self.kind)).astype(self.scale_dtype)
-        scales = jnp.where(scales > 0, scales, jnp.ones_like(scales))
+        scales = scales_of(jnp.abs(x).max(-2, keepdims=True) / float8_max(self.kind), self.scale_dtype)
         codes = float8_codes(x / scales.astype(jnp.float32), self.kind)
         tables = jnp.broadcast_to(jnp.asarray(float8_table(self.kind)), (*w.shape[:-2], 1, 1, 256))
         return Codebook.from_codes(codes, tables, scales, dtype=w.dtype)

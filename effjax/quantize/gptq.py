@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.arrays.base import CompressedArray
 from effjax.arrays.permuted import Permuted
 from effjax.lift.calibrate import InputStats
+from effjax.quantize.checks import check_group_size, check_groups
 from effjax.quantize.hessian import activation_order, dead_inputs, inverse_factor
 from effjax.quantize.one_by_one import one_by_one
 from effjax.quantize.rtn import as_quantized
 from effjax.quantize.sweep import sweep
-from effjax.quantize.uniform import Clip, Grid, UniformGrid, check_group_size, check_groups, grouped
+from effjax.quantize.uniform import Clip, Grid, UniformGrid, grouped
 from effjax.transform import Method
 
 

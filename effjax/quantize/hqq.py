@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.arrays.quantized import Quantized
+from effjax.quantize.checks import check_bits, check_floating, check_group_size, check_groups
 from effjax.quantize.one_by_one import one_by_one
-from effjax.quantize.uniform import check_group_size, check_groups, grouped
+from effjax.quantize.uniform import grouped
 from effjax.transform import Method
 
 
@@ -46,8 +47,7 @@ class HQQ(Method):
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: choose 1 to 8")
+        check_bits(self.bits)
         check_group_size(self.group_size)
         if self.steps < 0:
             raise ValueError(f"steps={self.steps}: 0 (the min-max grid) or more")
@@ -55,8 +55,7 @@ class HQQ(Method):
             raise ValueError(f"p={self.p}: an exponent in (0, 1]")
         if self.beta <= 0 or self.kappa <= 0:
             raise ValueError(f"beta={self.beta}, kappa={self.kappa}: positive numbers")
-        if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
-            raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
+        check_floating(scale_dtype=self.scale_dtype)
 
     sums = True
 

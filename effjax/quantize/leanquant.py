@@ -12,13 +12,14 @@ from effjax.arrays.base import CompressedArray
 from effjax.arrays.codebook import Codebook
 from effjax.lift.calibrate import InputStats
 from effjax.quantize.affine_search import search_affine
+from effjax.quantize.checks import check_bits, check_choice, check_floating, check_group_size, check_groups
 from effjax.quantize.gptq import SecondOrder, SweepFactor
 from effjax.quantize.kmeans import nearest, weighted_kmeans
 from effjax.quantize.one_by_one import one_by_one
 from effjax.quantize.rtn import as_quantized
 from effjax.quantize.split import split_start
 from effjax.quantize.sweep import Rounder, sweep
-from effjax.quantize.uniform import Grid, UniformGrid, check_group_size, check_groups, grouped
+from effjax.quantize.uniform import Grid, UniformGrid, grouped
 
 # The grid of a group by its number, how a row is rounded on it, and the leaf of codes and dtype.
 _Learned = tuple[Callable[[jax.Array], Any], Rounder, Callable[[jax.Array, Any], CompressedArray]]
@@ -74,19 +75,15 @@ class LeanQuant(SecondOrder):
     def __post_init__(self) -> None:
         self.check_damping()
         check_group_size(self.group_size)
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: choose 1 to 8")
-        if self.grid not in ("non_uniform", "affine"):
-            raise ValueError(f"grid={self.grid!r}: choose 'non_uniform' or 'affine'")
-        if self.start not in ("split", "even"):
-            raise ValueError(f"start={self.start!r}: choose 'split' or 'even'")
+        check_bits(self.bits)
+        check_choice(("non_uniform", "affine"), grid=self.grid)
+        check_choice(("split", "even"), start=self.start)
         if self.iterations < 1 or self.candidates < 2 or not self.p >= 0:
             raise ValueError(
                 f"iterations={self.iterations}, candidates={self.candidates}, p={self.p}: at least one iteration, two "
                 "candidates and an exponent of 0"
             )
-        if not jnp.issubdtype(jnp.dtype(self.table_dtype), jnp.floating):
-            raise ValueError(f"table_dtype={self.table_dtype!r} is no floating dtype")
+        check_floating(table_dtype=self.table_dtype)
 
     def check(self, shape: tuple[int, ...]) -> None:
         check_groups(shape, self.group_size)

@@ -1,15 +1,12 @@
 """NF4: 16 levels at the quantiles of a normal distribution, scaled by the largest magnitude of a block."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from effjax.arrays.codebook import Codebook
-from effjax.quantize.rtn import check_groups, grouped
-from effjax.transform import Method
+from effjax.quantize.blocks import Blockwise, Coded, scales_of
+from effjax.quantize.checks import check_floating, check_size
 
 # The levels of QLoRA (Dettmers et al. 2023), as bitsandbytes stores them.
 LEVELS = (
@@ -33,7 +30,7 @@ LEVELS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NF4(Method):
+class NF4(Blockwise):
     """Four-bit NormalFloat (QLoRA, Dettmers et al. 2023, section 3).
 
     Attributes:
@@ -48,31 +45,11 @@ class NF4(Method):
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: a positive number, or None for the whole column")
-        if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
-            raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
+        check_size("a positive number, or None for the whole column", block_size=self.block_size)
+        check_floating(scale_dtype=self.scale_dtype)
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        check_groups(shape, self.block_size)
-
-    def compress(self, w: jax.Array, *, stats: Any = None, key: Any = None) -> Codebook:
-        return self.quantize(w)
-
-    def quantize(self, w: Float[Array, "*L in out"]) -> Codebook:
-        """Quantizes one weight.
-
-        Raises:
-            LeafError: the block size does not divide the inputs.
-        """
-        self.check(w.shape)
-        blocks = grouped(w.astype(jnp.float32), self.block_size)
-        scales = jnp.abs(blocks).max(-2, keepdims=True).astype(self.scale_dtype).astype(jnp.float32)
-        scales = jnp.where(scales > 0, scales, 1.0)
+    def _blocks(self, blocks: jax.Array, largest: jax.Array) -> Coded:
+        scales = scales_of(largest, self.scale_dtype)
         levels = jnp.asarray(LEVELS, jnp.float32)
-        middles = (levels[1:] + levels[:-1]) / 2
-        codes = jnp.searchsorted(middles, blocks / scales)
-        tables = jnp.broadcast_to(levels, (*w.shape[:-2], 1, 1, 16))
-        return Codebook.from_codes(
-            codes.reshape(w.shape), tables, scales[..., 0, :].astype(self.scale_dtype), dtype=w.dtype
-        )
+        codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, blocks / scales.astype(jnp.float32))
+        return codes, LEVELS, scales, None

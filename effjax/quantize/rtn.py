@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.arrays.quantized import Quantized
-from effjax.quantize.uniform import Clip, Grid, UniformGrid, check_group_size, check_groups, grouped
+from effjax.quantize.checks import check_group_size, check_groups
+from effjax.quantize.uniform import Clip, Grid, UniformGrid, grouped
 from effjax.transform import Method
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from effjax.arrays.codebook import Codebook
 from effjax.lift.calibrate import InputStats
+from effjax.quantize.checks import check_bits, check_floating
 from effjax.quantize.kmeans import nearest, weighted_kmeans
 from effjax.quantize.one_by_one import one_by_one
 from effjax.quantize.split import split_start
@@ -47,12 +48,10 @@ class SqueezeLLM(Method):
     table_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: choose 1 to 8")
+        check_bits(self.bits)
         if self.iterations < 0:
             raise ValueError(f"iterations={self.iterations}: 0 (the start alone) or more")
-        if not jnp.issubdtype(jnp.dtype(self.table_dtype), jnp.floating):
-            raise ValueError(f"table_dtype={self.table_dtype!r} is no floating dtype")
+        check_floating(table_dtype=self.table_dtype)
 
     needs = frozenset({"fisher"})
     sums = True

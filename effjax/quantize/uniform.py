@@ -1,14 +1,14 @@
 """The uniform grid of a group of weights: how its range is found, and how values are rounded to it."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from effjax.arrays.quantized import centre
-from effjax.errors import LeafError
+from effjax.quantize.checks import check_bits, check_choice, check_floating
 
 Clip = Literal["absmax", "full", "mse"]
 Grid = tuple[jax.Array, jax.Array | None]  # scales and zero points, float32[*L, 1, out]; None where symmetric
@@ -43,14 +43,11 @@ class UniformGrid:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: choose 1 to 8")
-        if self.clip not in ("absmax", "full", "mse"):
-            raise ValueError(f"clip={self.clip!r}: choose 'absmax', 'full' or 'mse'")
+        check_bits(self.bits)
+        check_choice(get_args(Clip), clip=self.clip)
         if self.steps < 1 or not 0 < self.smallest <= 1:
             raise ValueError(f"steps={self.steps}, smallest={self.smallest}: at least one step, a fraction in (0, 1]")
-        if not jnp.issubdtype(jnp.dtype(self.scale_dtype), jnp.floating):
-            raise ValueError(f"scale_dtype={self.scale_dtype!r} is no floating dtype")
+        check_floating(scale_dtype=self.scale_dtype)
 
     @property
     def top(self) -> int:
@@ -135,18 +132,3 @@ def grouped(w: jax.Array, group_size: int | None) -> jax.Array:
     *lead, n, out = w.shape
     size = n if group_size is None else group_size
     return w.reshape(*lead, n // size, size, out)
-
-
-def check_groups(shape: tuple[int, ...], group_size: int | None) -> None:
-    """Raises LeafError when the inputs are not a whole number of groups."""
-    n = shape[-2]
-    if group_size is not None and n % group_size:
-        divisors = [d for d in (256, 128, 64, 32, 16, 8, 4) if n % d == 0]
-        remedy = f"choose group_size from {divisors} or None (per channel)" if divisors else "choose group_size=None"
-        raise LeafError(f"group_size={group_size} does not divide its {n} inputs: {remedy} for this leaf with a rule")
-
-
-def check_group_size(group_size: int | None) -> None:
-    """Raises ValueError for a group size that no matrix could have."""
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size={group_size}: a positive number, or None for one group a column")
