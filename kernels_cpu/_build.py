@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,27 @@ from collections.abc import Mapping
 LIBRARY_NAME = "libeffjax_cpu.so"
 RECORD_NAME = "_build.json"
 FFI_HEADER = pathlib.PurePath("xla", "ffi", "api", "ffi.h")
-# Portable on purpose: faster instruction sets are chosen function by function at run time.
-COMPILE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
+# Portable on purpose: faster instruction sets are chosen at run time, function by function or file by file.
+COMPILE_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-maybe-uninitialized",  # gcc 12 says it of its own headers for vector instructions
+)
+# Files whose whole code is for one instruction set, by the end of their names; on other machines they compile to nothing.
+VARIANT_FLAGS = {
+    ("x86_64", "_avx2"): ("-mavx2", "-mfma", "-mf16c"),
+    ("x86_64", "_avx512"): (
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+        "-mavx512vbmi",
+    ),
+    ("aarch64", "_i8mm"): ("-march=armv8.2-a+dotprod+i8mm",),
+}
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 LINK_FLAGS = ("-shared", "-pthread")
 
 
@@ -82,12 +102,19 @@ def _run(command: list[str]) -> str:
     return f"{pathlib.Path(command[0]).name} failed with exit code {done.returncode}:\n{tail}"
 
 
+def variant_flags(source: pathlib.Path) -> tuple[str, ...]:
+    """The flags that a source needs beside `COMPILE_FLAGS`: those of the instruction set it is named after."""
+    machine = platform.machine().lower()
+    machine = MACHINES.get(machine, machine)
+    return next((f for (m, end), f in VARIANT_FLAGS.items() if m == machine and source.stem.endswith(end)), ())
+
+
 def _compile(compiler: list[str], sources: list[pathlib.Path], include: pathlib.Path, target: pathlib.Path) -> str:
     """Compiles the sources side by side and links them into `target`; returns the error text, empty on success."""
     with tempfile.TemporaryDirectory() as scratch:
         objects = [pathlib.Path(scratch, source.stem + ".o") for source in sources]
         commands = [
-            [*compiler, *COMPILE_FLAGS, "-isystem", str(include), "-c", str(source), "-o", str(output)]
+            [*compiler, *COMPILE_FLAGS, *variant_flags(source), "-isystem", str(include), "-c", str(source), "-o", str(output)]
             for source, output in zip(sources, objects, strict=True)
         ]
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

@@ -5,6 +5,10 @@
 #include "cpu.h"
 #include "xla/ffi/api/c_api.h"
 
+#if defined(EFFJAX_X86)
+#include <cpuid.h>
+#endif
+
 #if defined(EFFJAX_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -12,6 +16,14 @@
 
 namespace effjax {
 namespace {
+
+#if defined(EFFJAX_X86)
+// The builtin does not know this name in every compiler; bit 29 of ecx in leaf 1, under the same saving of registers as avx.
+bool HasF16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+}
+#endif
 
 // "popcnt,avx2,..." in a fixed order.
 std::string DetectFeatures() {
@@ -29,6 +41,7 @@ std::string DetectFeatures() {
   add("avx", __builtin_cpu_supports("avx"));
   add("avx2", __builtin_cpu_supports("avx2"));
   add("fma", __builtin_cpu_supports("fma"));
+  add("f16c", HasF16c());
   add("bmi2", __builtin_cpu_supports("bmi2"));
   add("avx512f", __builtin_cpu_supports("avx512f"));
   add("avx512bw", __builtin_cpu_supports("avx512bw"));

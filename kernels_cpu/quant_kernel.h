@@ -1,0 +1,367 @@
+// The kernel of `quant_matmul` over the vectors `S` of an instruction set; included once by the file of each.
+//
+// Everything is a template of S: the files are compiled for different processors, and a function they shared would be
+// taken from any one of them.
+#pragma once
+
+#include <cstring>
+
+#include "quant_matmul.h"
+
+namespace effjax {
+
+template <class S>
+struct Quant {
+  using I = typename S::I;
+  using F = typename S::F;
+  static constexpr int kBytes = S::kBytes;           // columns of a panel: one byte each
+  static constexpr int kLanes = kBytes / 4;          // columns of a vector of sums
+  static constexpr int64_t kTileFloats = 16384;      // 64 KiB of sums on the stack
+  static constexpr int64_t kMaxRows = kTileFloats / kColumnTile;
+
+  // ---- activations -----------------------------------------------------------------------------------------------
+
+  static void Digits(const QuantProblem& p, const float* x, int64_t row) {
+    const float* source = x + row * p.in;
+    int8_t* digits = p.digit_rows + row * p.digits * p.padded;
+    int64_t block = 0, at = 0;
+    for (int64_t start = 0; start < p.in; ++block) {
+      const int64_t end_of_group = (start / p.group_size + 1) * p.group_size;
+      const int64_t size = Min(p.block, Min(end_of_group, p.in) - start);
+      DigitsOfBlock(p, source + start, size, digits + at, p.block_scales + row * p.blocks + block,
+                    p.block_sums + row * p.blocks + block);
+      at += RoundUp(size, RunOf(p.bits));
+      start += size;
+    }
+  }
+
+  static void DigitsOfBlock(const QuantProblem& p, const float* x, int64_t size, int8_t* out, float* scale,
+                            float* sum) {
+    alignas(64) int32_t fixed[kMaxBlock + 64];
+    const int64_t filled = RoundUp(size, RunOf(p.bits));
+    const float largest = MaxAbs(x, size);
+    // 127 in every digit; less where the rounding of the product itself could reach beyond.
+    const float top = p.digits == 1 ? 127.0f : p.digits == 2 ? 32639.0f : 8355000.0f;
+    // A block with something that is no number gives no number; below 1e-30 the inverse would not be one.
+    const bool finite = largest <= 3.4028235e38f;
+    const bool empty = !finite || largest < 1e-30f;
+    *scale = finite ? (empty ? 0.0f : largest / top) : __builtin_nanf("");
+    const int64_t total = ToFixed(x, size, empty ? 0.0f : top / largest, fixed);
+    *sum = *scale * static_cast<float>(total);
+    for (int64_t i = size; i < filled; ++i) fixed[i] = 0;
+    const int64_t run = RunOf(p.bits), per_byte = 8 % p.bits == 0 ? 8 / p.bits : 1;
+    if (per_byte == 1) return SplitDigits(p, fixed, filled, out);
+    // Byte r of a run holds inputs r * per_byte + s: quad s of the panel is made of field s of its four bytes.
+    alignas(64) int32_t ordered[kMaxBlock + 64];
+    for (int64_t start = 0; start < filled; start += run) {
+      for (int64_t s = 0; s < per_byte; ++s) {
+        for (int64_t r = 0; r < 4; ++r) ordered[start + 4 * s + r] = fixed[start + r * per_byte + s];
+      }
+    }
+    SplitDigits(p, ordered, filled, out);
+  }
+
+  // The largest magnitude; more than any number where there is a NaN, since bits of magnitudes are in their order.
+  static float MaxAbs(const float* x, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, 4);
+      bits &= 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+    float value;
+    std::memcpy(&value, &most, 4);
+    return value;
+  }
+
+  // Rounds `x * factor`; returns the sum.
+  static int64_t ToFixed(const float* x, int64_t n, float factor, int32_t* fixed) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = x[i] * factor;
+      fixed[i] = factor == 0.0f ? 0 : static_cast<int32_t>(value + (value < 0.0f ? -0.5f : 0.5f));
+      total += fixed[i];
+    }
+    return total;
+  }
+
+  // Signed bytes in base 256, the lowest first.
+  static void SplitDigits(const QuantProblem& p, int32_t* fixed, int64_t n, int8_t* out) {
+    for (int d = 0; d < p.digits; ++d) {
+      int8_t* to = out + d * p.padded;
+      for (int64_t i = 0; i < n; ++i) {
+        const int8_t digit = static_cast<int8_t>(static_cast<uint8_t>(fixed[i]));
+        to[i] = digit;
+        fixed[i] = (fixed[i] - digit) >> 8;
+      }
+    }
+  }
+
+  // ---- codes to a panel: [quads][4 vectors][kLanes columns][4 inputs] ------------------------------------------------
+
+  template <bool kFull>
+  static I Row(const uint8_t* codes, int64_t columns) {
+    if constexpr (kFull) {
+      return S::Load(codes);
+    } else {
+      alignas(64) uint8_t padded[kBytes] = {};
+      std::memcpy(padded, codes, static_cast<size_t>(columns));
+      return S::Load(padded);
+    }
+  }
+
+  static void StorePanel(const I (&rows)[4], uint8_t* panel) {
+    I quads[4];
+    S::Interleave(rows, quads);
+    for (int v = 0; v < 4; ++v) S::Store(panel + v * kBytes, quads[v]);
+  }
+
+  // `rows` is how many bytes of each column are there; the codes of the last run may end before it does.
+  template <int kBits, bool kFull>
+  static void Unpack(const uint8_t* codes, int64_t stride, int64_t rows, int64_t runs, int64_t columns, int64_t ahead,
+                     uint8_t* panel) {
+    constexpr int kRows = static_cast<int>(BytesOfRun(kBits));
+    for (int64_t run = 0; run < runs; ++run) {
+      I bytes[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* at = codes + (run * kRows + r) * stride;
+        if (run * kRows + r < rows) {
+          bytes[r] = Row<kFull>(at, columns);
+          __builtin_prefetch(at + ahead);
+        } else {
+          bytes[r] = S::Zero();
+        }
+      }
+      if constexpr (kBits == 8) {
+        StorePanel(bytes, panel);
+        panel += 4 * kBytes;
+      } else if constexpr (8 % kBits == 0) {
+        constexpr int kPerByte = 8 / kBits;
+        I mixed[4];
+        S::Interleave(bytes, mixed);
+        for (int s = 0; s < kPerByte; ++s) {
+          for (int v = 0; v < 4; ++v) S::Store(panel + v * kBytes, S::template Field<kBits>(mixed[v], s * kBits));
+          panel += 4 * kBytes;
+        }
+      } else {
+        UnpackOdd<kBits>(bytes, panel);
+        panel += 8 * kBytes;
+      }
+    }
+  }
+
+  // Eight codes that run across the borders of bytes.
+  template <int kBits>
+  static void UnpackOdd(const I* bytes, uint8_t* panel) {
+    I quad[4];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const int byte = j * kBits / 8, shift = j * kBits % 8;
+      I code = S::FieldAt(bytes[byte], shift, kBits);
+      if (shift + kBits > 8) code = S::Or(code, S::HighPart(bytes[byte + 1], 8 - shift, kBits));
+      quad[j % 4] = code;
+      if (j % 4 == 3) StorePanel(quad, panel + (j / 4) * 4 * kBytes);
+    }
+  }
+
+  // ---- products ------------------------------------------------------------------------------------------------------
+
+  // Sums of `kRows` rows of `kDigits` digits against a panel, scaled and added to `sums` [kRows][sums_stride].
+  template <int kRows, int kDigits>
+  static void Multiply(const QuantProblem& p, const uint8_t* panel, int64_t quads, const int8_t* x, int64_t block,
+                       int64_t row, const float* scales, const float* offsets, float* sums, int64_t sums_stride) {
+    constexpr int kAll = kRows * kDigits;
+    I total[kAll][4];
+    for (int r = 0; r < kAll; ++r) {
+      for (int v = 0; v < 4; ++v) total[r][v] = S::Zero();
+    }
+    for (int64_t q = 0; q < quads; ++q) {
+      typename S::Weights w[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) w[v] = S::LoadWeights(panel + v * kBytes);
+      panel += 4 * kBytes;
+#pragma GCC unroll 8
+      for (int r = 0; r < kAll; ++r) {
+        const typename S::Activations a = S::Broadcast(x + r * p.padded + 4 * q);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) total[r][v] = S::Dot(total[r][v], w[v], a);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const float unit = p.block_scales[(row + m) * p.blocks + block];
+      const F minus = S::Set(-p.block_sums[(row + m) * p.blocks + block]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        F value = S::Mul(S::ToFloat(total[m * kDigits][v]), S::Set(unit));
+        if constexpr (kDigits > 1) value = S::Fma(S::ToFloat(total[m * kDigits + 1][v]), S::Set(unit * 256.0f), value);
+        if constexpr (kDigits > 2) value = S::Fma(S::ToFloat(total[m * kDigits + 2][v]), S::Set(unit * 65536.0f), value);
+        float* to = sums + m * sums_stride + v * kLanes;
+        F sum = S::Fma(value, S::LoadF(scales + v * kLanes), S::LoadF(to));
+        S::StoreF(to, S::Fma(minus, S::LoadF(offsets + v * kLanes), sum));
+      }
+    }
+  }
+
+  template <int kDigits>
+  static void MultiplyRows(const QuantProblem& p, const uint8_t* panel, int64_t quads, const int8_t* x, int64_t block,
+                           int64_t row, int64_t rows, const float* scales, const float* offsets, float* sums,
+                           int64_t sums_stride) {
+    constexpr int kMost = S::kDigitRows / kDigits;
+    const int64_t x_stride = kDigits * p.padded;
+    int64_t m = 0;
+    for (; m + kMost <= rows; m += kMost) {
+      Multiply<kMost, kDigits>(p, panel, quads, x + m * x_stride, block, row + m, scales, offsets,
+                               sums + m * sums_stride, sums_stride);
+    }
+    if constexpr (kMost > 3) {
+      if (m + 3 <= rows) {
+        Multiply<3, kDigits>(p, panel, quads, x + m * x_stride, block, row + m, scales, offsets,
+                             sums + m * sums_stride, sums_stride);
+        m += 3;
+      }
+    }
+    if constexpr (kMost > 2) {
+      if (m + 2 <= rows) {
+        Multiply<2, kDigits>(p, panel, quads, x + m * x_stride, block, row + m, scales, offsets,
+                             sums + m * sums_stride, sums_stride);
+        m += 2;
+      }
+    }
+    for (; m < rows; ++m) {
+      Multiply<1, kDigits>(p, panel, quads, x + m * x_stride, block, row + m, scales, offsets,
+                           sums + m * sums_stride, sums_stride);
+    }
+  }
+
+  // ---- scales and zero points ------------------------------------------------------------------------------------------
+
+  static void ToFloats(const void* from, ScaleType type, int64_t at, int64_t columns, float* to) {
+    if (type == kFloat32) {
+      std::memcpy(to, static_cast<const float*>(from) + at, static_cast<size_t>(columns) * 4);
+    } else if (type == kFloat16) {
+      S::FromHalf(static_cast<const uint16_t*>(from) + at, columns, to);
+    } else {
+      const uint16_t* bits = static_cast<const uint16_t*>(from) + at;
+      for (int64_t c = 0; c < columns; ++c) {
+        const uint32_t wide = static_cast<uint32_t>(bits[c]) << 16;
+        std::memcpy(to + c, &wide, 4);
+      }
+    }
+  }
+
+  // Scales and `scale * zero` of one group for the columns of a panel, in the panel's order.
+  static void GroupScales(const QuantProblem& p, int64_t group, int64_t column, int64_t columns, float* scales,
+                          float* offsets) {
+    alignas(64) float natural[kBytes] = {};
+    alignas(64) float zeros[kBytes] = {};
+    ToFloats(p.scales, p.scale_type, group * p.out + column, columns, natural);
+    if (p.zero_kind == kCentre) {
+      for (int c = 0; c < kBytes; ++c) zeros[c] = p.centre;
+    } else if (p.zero_kind == kReal) {
+      ToFloats(p.zeros, p.zero_type, group * p.out + column, columns, zeros);
+    } else {
+      const int64_t bit = group * p.bits, byte = bit / 8;
+      const int shift = static_cast<int>(bit % 8);
+      const uint8_t* low = static_cast<const uint8_t*>(p.zeros) + byte * p.out + column;
+      const uint8_t* high = shift + p.bits > 8 ? low + p.out : low;
+      const uint32_t mask = (1u << p.bits) - 1;
+      for (int64_t c = 0; c < columns; ++c) {
+        const uint32_t both = low[c] | static_cast<uint32_t>(high[c]) << 8;
+        zeros[c] = static_cast<float>(both >> shift & mask);
+      }
+    }
+    for (int c = 0; c < kBytes; ++c) zeros[c] *= natural[c];
+    for (int v = 0; v < 4; ++v) {
+      S::StoreF(scales + v * kLanes, S::LoadStrided(natural + 4 * v));
+      S::StoreF(offsets + v * kLanes, S::LoadStrided(zeros + 4 * v));
+    }
+  }
+
+  // ---- a range of columns ------------------------------------------------------------------------------------------------
+
+  template <int kBits>
+  static void UnpackPanel(const QuantProblem& p, int64_t first_byte, int64_t runs, int64_t column, int64_t columns,
+                          int64_t ahead, uint8_t* panel) {
+    const int64_t rows = (p.in * kBits + 7) / 8 - first_byte;
+    const uint8_t* codes = p.codes + first_byte * p.out + column;
+    if (columns == kBytes) {
+      Unpack<kBits, true>(codes, p.out, rows, runs, columns, ahead, panel);
+    } else {
+      Unpack<kBits, false>(codes, p.out, rows, runs, columns, ahead, panel);
+    }
+  }
+
+  template <int kBits>
+  static void ColumnsOf(const QuantProblem& p, int64_t begin, int64_t end) {
+    alignas(64) uint8_t panel[kMaxBlock * kBytes];
+    alignas(64) float sums[kTileFloats];
+    alignas(64) float scales[kBytes], offsets[kBytes];
+    constexpr int64_t kRun = RunOf(kBits);
+    for (int64_t row = 0; row < p.rows; row += kMaxRows) {
+      const int64_t rows = Min(kMaxRows, p.rows - row);
+      // As wide as the sums allow: the bytes of a row of codes are then read in one go.
+      const int64_t width = kTileFloats / rows / kColumnTile * kColumnTile;
+      for (int64_t left = begin; left < end; left += width) {
+        const int64_t right = Min(end, left + width), tile = RoundUp(right - left, kBytes);
+        std::memset(sums, 0, static_cast<size_t>(rows * tile) * 4);
+        int64_t block = 0, at = 0;
+        for (int64_t start = 0; start < p.in; ++block) {
+          const int64_t group = start / p.group_size;
+          const int64_t size = Min(p.block, Min((group + 1) * p.group_size, p.in) - start);
+          const int64_t runs = RoundUp(size, kRun) / kRun, first_byte = start * kBits / 8;
+          for (int64_t column = left; column < right; column += kBytes) {
+            const int64_t columns = Min(kBytes, right - column);
+            // The next panel of the row of panels, or the first one of the next row.
+            const int64_t ahead = column + kBytes < right ? kBytes : left - column + size * kBits / 8 * p.out;
+            UnpackPanel<kBits>(p, first_byte, runs, column, columns, ahead, panel);
+            GroupScales(p, group, column, columns, scales, offsets);
+            const int8_t* x = p.digit_rows + row * p.digits * p.padded + at;
+            float* to = sums + column - left;
+            const int64_t quads = runs * kRun / 4;
+            if (p.digits == 1) {
+              MultiplyRows<1>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);
+            } else if (p.digits == 2) {
+              MultiplyRows<2>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);
+            } else {
+              MultiplyRows<3>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);
+            }
+          }
+          at += runs * kRun;
+          start += size;
+        }
+        for (int64_t m = 0; m < rows; ++m) {
+          for (int64_t column = left; column < right; column += kBytes) {
+            WriteRow(sums + m * tile + column - left, Min(kBytes, right - column), p.y + (row + m) * p.out + column);
+          }
+        }
+      }
+    }
+  }
+
+  // From the panel's order to the columns' own.
+  static void WriteRow(const float* sums, int64_t columns, float* y) {
+    alignas(64) float natural[kBytes];
+    for (int v = 0; v < 4; ++v) S::StoreStrided(natural + 4 * v, S::LoadF(sums + v * kLanes));
+    std::memcpy(y, natural, static_cast<size_t>(columns) * 4);
+  }
+
+  static void Columns(const QuantProblem& p, int64_t begin, int64_t end) {
+    switch (p.bits) {
+      case 1: return ColumnsOf<1>(p, begin, end);
+      case 2: return ColumnsOf<2>(p, begin, end);
+      case 3: return ColumnsOf<3>(p, begin, end);
+      case 4: return ColumnsOf<4>(p, begin, end);
+      case 5: return ColumnsOf<5>(p, begin, end);
+      case 6: return ColumnsOf<6>(p, begin, end);
+      case 7: return ColumnsOf<7>(p, begin, end);
+      case 8: return ColumnsOf<8>(p, begin, end);
+    }
+  }
+
+  static int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+};
+
+}  // namespace effjax

@@ -1,0 +1,156 @@
+// The XLA handler of `quant_matmul`: checks every shape, chooses the variant, and splits the columns over the threads.
+#include "quant_matmul.h"
+
+#include <string>
+
+#include "cpu.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace effjax {
+namespace {
+
+// Values of the attribute `variant`; the names are in quant_matmul.py.
+enum Variant : int64_t { kAuto = 0, kPortableVariant = 1, kAvx2Variant = 2, kAvx512Variant = 3, kI8mmVariant = 4 };
+
+bool HasAvx512() {
+  return HasFeature("avx512f") && HasFeature("avx512bw") && HasFeature("avx512vl") && HasFeature("avx512vnni");
+}
+bool HasAvx2() { return HasFeature("avx2") && HasFeature("fma") && HasFeature("f16c"); }
+
+// Null when the variant is unknown, was not built, or this processor cannot run it.
+const QuantKernel* Choose(int64_t variant) {
+  const QuantKernel* avx512 = HasAvx512() ? kQuantAvx512 : nullptr;
+  const QuantKernel* avx2 = HasAvx2() ? kQuantAvx2 : nullptr;
+  const QuantKernel* i8mm = HasFeature("i8mm") ? kQuantI8mm : nullptr;
+  switch (variant) {
+    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : i8mm ? i8mm : kQuantPortable;
+    case kPortableVariant: return kQuantPortable;
+    case kAvx2Variant: return avx2;
+    case kAvx512Variant: return avx512;
+    case kI8mmVariant: return i8mm;
+    default: return nullptr;
+  }
+}
+
+ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("quant_matmul: " + what); }
+
+bool FloatType(ffi::DataType type, ScaleType* found) {
+  switch (type) {
+    case ffi::DataType::F32: *found = kFloat32; return true;
+    case ffi::DataType::F16: *found = kFloat16; return true;
+    case ffi::DataType::BF16: *found = kBfloat16; return true;
+    default: return false;
+  }
+}
+
+// Blocks and bytes of a digit of a row: blocks do not cross groups, and each is filled up to whole runs.
+void Layout(QuantProblem* p) {
+  p->block = p->group_size < kMaxBlock ? p->group_size : kMaxBlock;
+  const int64_t groups = p->in / p->group_size, whole = p->group_size / p->block, rest = p->group_size % p->block;
+  const int64_t run = RunOf(p->bits);
+  auto filled = [run](int64_t n) { return (n + run - 1) / run * run; };
+  p->blocks = groups * (whole + (rest != 0));
+  p->padded = groups * (whole * filled(p->block) + filled(rest));
+}
+
+ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
+                       ffi::AnyBuffer zeros, int64_t bits, int64_t digits, int64_t variant,
+                       ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> scratch) {
+  QuantProblem p = {};
+  if (x.dimensions().size() != 2 || codes.dimensions().size() != 2 || scales.dimensions().size() != 2 ||
+      zeros.dimensions().size() != 2 || y->dimensions().size() != 2) {
+    return Bad("x, codes, scales, zeros and y must be matrices");
+  }
+  if (bits < 1 || bits > 8) return Bad("bits must be 1 to 8, found " + std::to_string(bits));
+  if (digits < 1 || digits > 3) return Bad("digits must be 1 to 3, found " + std::to_string(digits));
+  p.rows = x.dimensions()[0];
+  p.in = x.dimensions()[1];
+  p.out = codes.dimensions()[1];
+  p.bits = static_cast<int32_t>(bits);
+  p.digits = static_cast<int32_t>(digits);
+  const int64_t groups = scales.dimensions()[0];
+  if (p.rows == 0 || p.out == 0) return ffi::Error::Success();
+  if (p.in == 0 || groups == 0 || p.in % groups != 0) return Bad("the groups must divide the inputs");
+  p.group_size = p.in / groups;
+  if (codes.dimensions()[0] != (p.in * bits + 7) / 8) return Bad("codes have not the rows that the inputs need");
+  if (scales.dimensions()[1] != p.out || y->dimensions()[0] != p.rows || y->dimensions()[1] != p.out) {
+    return Bad("x, codes, scales and y do not fit together");
+  }
+  if (groups > 1 && p.group_size % RunOf(p.bits) != 0) {
+    return Bad("groups of " + std::to_string(p.group_size) + " are no whole runs of " + std::to_string(RunOf(p.bits)));
+  }
+  if (!FloatType(scales.element_type(), &p.scale_type)) return Bad("scales must be float32, float16 or bfloat16");
+  if (zeros.element_count() == 0) {
+    p.zero_kind = kCentre;
+    p.centre = bits == 1 ? 0.5f : static_cast<float>(1 << (bits - 1));
+  } else if (zeros.element_type() == ffi::DataType::U8) {
+    p.zero_kind = kPacked;
+    if (zeros.dimensions()[0] != (groups * bits + 7) / 8 || zeros.dimensions()[1] != p.out) {
+      return Bad("packed zero points have not the shape that the groups need");
+    }
+  } else {
+    p.zero_kind = kReal;
+    if (!FloatType(zeros.element_type(), &p.zero_type)) return Bad("zeros must be packed in uint8, or floating");
+    if (zeros.dimensions()[0] != groups || zeros.dimensions()[1] != p.out) return Bad("zeros must be one a scale");
+  }
+  p.codes = codes.typed_data();
+  p.scales = scales.untyped_data();
+  p.zeros = zeros.untyped_data();
+  p.y = y->typed_data();
+
+  Layout(&p);
+  const int64_t digit_bytes = (p.rows * digits * p.padded + 3) / 4 * 4;
+  if (static_cast<int64_t>(scratch->element_count()) < digit_bytes + 8 * p.rows * p.blocks) {
+    return Bad("the scratch buffer is too small");
+  }
+  p.digit_rows = reinterpret_cast<int8_t*>(scratch->typed_data());
+  p.block_scales = reinterpret_cast<float*>(p.digit_rows + digit_bytes);
+  p.block_sums = p.block_scales + p.rows * p.blocks;
+
+  const QuantKernel* kernel = Choose(variant);
+  if (kernel == nullptr) {
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      "quant_matmul: variant " + std::to_string(variant) + " does not run on this processor");
+  }
+  const float* input = x.typed_data();
+  if (p.rows * p.in < 32768) {  // less than it takes to wake a thread
+    for (int64_t row = 0; row < p.rows; ++row) kernel->digits(p, input, row);
+  } else {
+    ParallelFor(pool, p.rows, [&](int64_t row) { kernel->digits(p, input, row); });
+  }
+  // About four parts a thread, so that none waits long for another; small products stay on this thread.
+  const int64_t tiles = (p.out + kColumnTile - 1) / kColumnTile;
+  const int64_t threads = p.rows * p.in * p.out < (int64_t{1} << 18) ? 1 : ThreadLimit(pool);
+  const int64_t each = (tiles + 4 * threads - 1) / (4 * threads), parts = (tiles + each - 1) / each;
+  auto part = [&](int64_t i) {
+    const int64_t begin = i * each * kColumnTile, end = begin + each * kColumnTile;
+    kernel->columns(p, begin, end < p.out ? end : p.out);
+  };
+  if (threads == 1) {
+    for (int64_t i = 0; i < parts; ++i) part(i);
+  } else {
+    ParallelFor(pool, parts, part);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace effjax
+
+EFFJAX_EXPORT XLA_FFI_Error* EffjaxQuantMatmul(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxQuantMatmul, effjax::QuantMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("digits")
+                                  .Attr<int64_t>("variant")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());

@@ -1,0 +1,127 @@
+"""`x @ W` for a uniformly quantized `W` on the CPU: integer products on the packed codes, no dense weight anywhere."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kernels_cpu._native import NATIVE
+
+if TYPE_CHECKING:
+    from effjax.arrays.quantized import Quantized
+
+# Values of the attribute `variant` in quant_matmul.cc, and the features of the processor that each one needs.
+VARIANTS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "i8mm": 4}
+FEATURES = {
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
+    "i8mm": ("i8mm",),
+}
+MAX_BLOCK = 256  # inputs that share the scale of an activation: kMaxBlock in quant_matmul.h
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def why_not(w: "Quantized") -> str:
+    """Why the kernel does not take `w`, in one sentence; empty where it does.
+
+    Example:
+        >>> import effjax as ej, jax.numpy as jnp, kernels_cpu.quant_matmul as native
+        >>> native.why_not(ej.quantize.RTN(bits=4, group_size=None).quantize(jnp.eye(8)))
+        ''
+    """
+    n = w.shape[-2]
+    if len(w.shape) != 2:
+        return f"the kernel takes one matrix, not {list(w.shape)}: map it over the leading axes"
+    if w.group_size % _run(w.bits) and w.group_size != n:
+        return f"groups of {w.group_size} inputs do not fill whole runs of {_run(w.bits)} codes of {w.bits} bits"
+    for name, field in (("scales", w.scales), ("zeros", w.zeros)):
+        if field is not None and field.dtype.name not in (*FLOATS, "uint8"):
+            return f"{name} are {field.dtype.name}, and the kernel reads {', '.join(FLOATS)}"
+    return ""
+
+
+def quant_matmul(
+    x: Float[Array, "*batch in"], w: "Quantized", *, digits: int = 3, variant: str = "auto"
+) -> Float[Array, "*batch out"]:
+    """Multiplies by a quantized matrix `[in, out]` of 1 to 8 bits.
+
+    Activations become fixed-point numbers of `digits` signed bytes with one scale for at most 256 inputs, and their
+    products with the codes are summed exactly in integers.
+
+    Args:
+        x: floating `[*batch, in]`; computed in float32.
+        w: groups of whole runs of codes (see `why_not`), or one group.
+        digits: 3 holds 24 bits of the largest activation of a block, as float32 does; 2 holds 16, more than bfloat16
+            has; 1 is dynamic int8 quantization of the activations, with an error of up to 1/254 of that activation.
+            A block with a NaN or an infinity makes the whole row NaN.
+        variant: "auto" takes the fastest that this processor runs; "portable", "avx2", "avx512" and "i8mm" name one.
+            All give the same sums of integers.
+
+    Returns:
+        float32 `[*batch, out]`.
+
+    Raises:
+        ValueError: `w` cannot be taken, shapes do not fit, or the variant is unknown or does not run here.
+        RuntimeError: there is no native library.
+
+    Example:
+        >>> import effjax as ej, jax.numpy as jnp
+        >>> w = ej.quantize.RTN(bits=8, group_size=None).quantize(jnp.eye(8))
+        >>> quant_matmul(jnp.ones((1, 8)), w).shape
+        (1, 8)
+    """
+    _check(x, w, digits, variant)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    m, n = rows.shape
+    out = w.shape[-1]
+    # An empty array stands for the zero point of a symmetric grid.
+    zeros = jnp.zeros((0, out), jnp.uint8) if w.zeros is None else w.zeros
+    results = (
+        jax.ShapeDtypeStruct((m, out), jnp.float32),
+        jax.ShapeDtypeStruct((scratch_bytes(m, n, w.group_size, w.bits, digits),), jnp.uint8),
+    )
+    call = jax.ffi.ffi_call(NATIVE.target("EffjaxQuantMatmul"), results, vmap_method="sequential")
+    y, _ = call(
+        rows,
+        w.codes,
+        w.scales,
+        zeros,
+        bits=np.int64(w.bits),
+        digits=np.int64(digits),
+        variant=np.int64(VARIANTS[variant]),
+    )
+    return y.reshape(*x.shape[:-1], out)
+
+
+def scratch_bytes(rows: int, n: int, group_size: int, bits: int, digits: int) -> int:
+    """Bytes that the digits of the activations take, with a scale and a sum for each of their blocks."""
+    block = min(group_size, MAX_BLOCK)
+    whole, rest = divmod(group_size, block)
+    run = _run(bits)
+    padded = n // group_size * (whole * -(-block // run) * run + -(-rest // run) * run)
+    blocks = n // group_size * (whole + (rest > 0))
+    return -(-rows * digits * padded // 4) * 4 + 8 * rows * blocks
+
+
+def _run(bits: int) -> int:
+    """Inputs whose codes the kernel unpacks together."""
+    return 32 // bits if 8 % bits == 0 else 8
+
+
+def _check(x: jax.Array, w: "Quantized", digits: int, variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"quant_matmul: unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+    if digits not in (1, 2, 3):
+        raise ValueError(f"quant_matmul: digits must be 1, 2 or 3, found {digits!r}")
+    if x.shape[-1] != w.shape[-2]:
+        raise ValueError(f"quant_matmul: x {list(x.shape)} does not fit a matrix of {list(w.shape)}")
+    reason = why_not(w)
+    if reason:
+        raise ValueError(f"quant_matmul: {reason}")
+    if NATIVE.load() is None:
+        raise RuntimeError(f"quant_matmul needs the native library: {NATIVE.why_not()}")
+    missing = [name for name in FEATURES.get(variant, ()) if name not in NATIVE.features()]
+    if missing:
+        raise ValueError(f"quant_matmul: variant {variant!r} needs {', '.join(missing)}, which this processor lacks")
