@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +28,7 @@ import effjax as ej
 from benchmarks.bars import Bar, conclude
 from benchmarks.claims.stories260k import CHARACTERS, GROUP, LENGTH, MODEL, TEXT, read_windows
 from effjax.errors import EffjaxError
-from effjax.evaluate import windows_from_text
+from effjax.evaluate import next_token_loss, windows_from_text
 from effjax.lift.calibrate import InputStats
 from effjax.models.decoder import Decoder
 from effjax.models.hf import LoadedModel, load_model
@@ -61,12 +60,9 @@ class Setting:
         self.model, self.text = model, text
         self.module = Decoder(model.config)
         self.judged = read_windows(model, text)
+        self.loss = next_token_loss(self.module.apply)
         self.step = jax.jit(self.loss)
         self.dense = self.nll(model.params)
-
-    def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        logits = self.module.apply({"params": params}, tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     def statistics(self, windows: np.ndarray) -> Any:
         batches = [jnp.asarray(batch) for batch in np.split(windows, 4)]

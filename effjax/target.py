@@ -10,6 +10,7 @@ import numpy as np
 
 from effjax.arrays.base import PyTree, is_compressed, nbytes
 from effjax.errors import ConfigError
+from effjax.evaluate.loss import next_token_loss
 from effjax.lift.calibrate import calibrate
 from effjax.models.decoder import DecoderApply
 from effjax.models.hf import LoadedModel
@@ -18,7 +19,6 @@ from effjax.quantize.allocate import allocate, family
 from effjax.quantize.sensitivity import Sensitivity, sensitivity
 from effjax.recipe import Recipe
 from effjax.rules import is_dense_matrix
-from effjax.stream.engine import next_token_loss
 from effjax.stream.memory import parse_bytes
 from effjax.transform import Method
 
@@ -131,5 +131,5 @@ def _statistics(model: LoadedModel, windows: np.ndarray, needs: frozenset[str]) 
         model.params,
         batches,
         needs={*needs, "second_moment", "fisher"},
-        loss=lambda params, tokens: next_token_loss(apply({"params": params}, tokens[:, :-1]), tokens[:, 1:]),
+        loss=next_token_loss(apply),
     )

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +25,7 @@ import effjax as ej
 from benchmarks.bars import Bar, conclude
 from benchmarks.language_models import Task, embedded, missing, stories
 from effjax.errors import EffjaxError
-from effjax.evaluate import compare_many
+from effjax.evaluate import compare_many, next_token_loss
 from effjax.lift import InputStats
 from effjax.models.decoder import stages
 from effjax.paths import leaves_with_paths, path_str
@@ -35,7 +34,7 @@ from effjax.recipe import Recipe, apply_recipe
 from effjax.rules import is_dense_matrix
 from effjax.sequential import compress_sequentially
 
-GROUP, BATCH, WIDTHS = 32, 8, (4, 3, 2)
+GROUP, BATCH, WIDTHS = 32, 4, (4, 3, 2)
 Arm = Callable[[int, int | None], Any]  # from bits and group size
 ARMS: dict[str, Arm] = {
     "RTN": lambda bits, group: RTN(bits=bits, group_size=group),
@@ -64,11 +63,8 @@ def fisher(task: Task, calibration: np.ndarray) -> Any:
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         return task.model.apply({"params": params}, tokens)
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = apply(params, tokens)[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).sum()
-
     batches = [jnp.asarray(batch) for batch in np.split(calibration, len(calibration) // BATCH)]
+    loss = next_token_loss(task.model.apply)
     return ej.calibrate(apply, task.model.params, batches, needs={"fisher"}, loss=loss)
 
 
@@ -199,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.leanquant", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory with stories260K and its text")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=64, help="calibration windows of 256 tokens, a multiple of 8")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of 256 tokens, a multiple of 4")
     parser.add_argument("--models", nargs="+", default=["stories260K", "embedded"], choices=["stories260K", "embedded"])
     options = parser.parse_args(argv)
     if lacking := missing(options.data):

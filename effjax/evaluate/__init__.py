@@ -1,5 +1,7 @@
 """What compression cost: perplexity, and the paired comparison of a compressed model with its original."""
 
+from effjax.evaluate.loss import next_token_loss as next_token_loss
+from effjax.evaluate.loss import next_token_nll as next_token_nll
 from effjax.evaluate.paired import Comparison as Comparison
 from effjax.evaluate.paired import Perplexity as Perplexity
 from effjax.evaluate.paired import compare as compare

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import CalibrationError, ConfigError
+from effjax.evaluate.loss import next_token_nll
 from effjax.evaluate.statistics import VerdictRule, paired_bootstrap
 
 PyTree = Any
@@ -247,9 +248,7 @@ def _batches(
 def _nll(
     logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
 ) -> Float[Array, "batch length"]:
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, -picked, 0.0)
+    return jnp.where(mask, next_token_nll(logits, targets), 0.0)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import numpy as np
 
 from effjax.arrays.base import is_compressed, materialize, nbytes
 from effjax.errors import CheckpointError, EffjaxError
+from effjax.evaluate.loss import next_token_loss
 from effjax.io.checkpoint import texts_of
 from effjax.io.safetensors_file import CHUNK
 from effjax.lift.calibrate import InputStats, calibrate
@@ -64,7 +65,8 @@ class Job:
         calibration = None
         if self.calibration is not None:
             text = hashlib.sha256(np.ascontiguousarray(self.calibration, "<i4").tobytes()).hexdigest()
-            calibration = {"tokens": text, "windows": self.calibration.shape[0], "length": self.calibration.shape[1]}
+            windows, length = self.calibration.shape
+            calibration = {"tokens": text, "windows": windows, "length": length, "at once": micro_batch(length)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "ml_dtypes")}
         return {
             "recipe": self.recipe.to_dict(),
@@ -353,16 +355,10 @@ class _Run:
             ((batch,) for _, batch in batches(self.job.calibration, rows)),
             needs={"fisher"},
             where=lambda path, _: path in wanted,
-            loss=lambda params, tokens: next_token_loss(apply({"params": params}, tokens[:, :-1]), tokens[:, 1:]),
+            loss=next_token_loss(apply),
         )
         flat = jax.tree_util.tree_leaves_with_path(stats, is_leaf=lambda x: isinstance(x, InputStats))
         return {"/".join(key.key for key in path): leaf for path, leaf in flat if isinstance(leaf, InputStats)}
-
-
-def next_token_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean negative log likelihood of the targets, in nats."""
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
-    return -jnp.mean(chosen)
 
 
 def _arrays(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
