@@ -31,7 +31,7 @@ from effjax.sequential import (
 )
 from effjax.stream.memory import program_bytes, resident
 
-MICRO_BATCH_TOKENS = 4096  # run at once while calibrating; part of the definition of the bytes, so no setting
+MICRO_BATCH_TOKENS = 1024  # run at once while calibrating; part of the definition of the bytes, so no setting
 COMPILING = 96 * 2**20  # what the compiler and its programs take on top, measured on the methods of this package
 _PROBE = 64  # outputs of the slice that is compiled to learn what one output takes
 
