@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
-from effjax.kv.cache import KVCache, init_cache, write_layer
+from effjax.kv.cache import KVCache, LayerCache, close_layers, init_cache, open_layers, write_layer
 from effjax.models.config import DecoderConfig
 from effjax.models.rope import rotary_angles, rotate
 from effjax.sequential import Stage
@@ -64,12 +64,12 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Hidden,
-        cache: KVCache | None,
+        cache: KVCache | LayerCache | None,
         layer: Int[Array, ""],
         positions: Int[Array, "batch length"],
         lengths: Int[Array, " batch"],
         angles: tuple[Array, Array],
-    ) -> tuple[Hidden, KVCache | None]:
+    ) -> tuple[Hidden, KVCache | LayerCache | None]:
         c, (batch, length, _) = self.config, x.shape
         kv_heads, group = (
             c.num_key_value_heads,
@@ -90,6 +90,9 @@ class Attention(nn.Module):
         v = heads("v_proj", kv_heads, None).swapaxes(1, 2)
         if cache is None:
             slot_positions = jnp.broadcast_to(positions[:, None, :], (batch, kv_heads, length))
+        elif isinstance(cache, LayerCache):
+            cache = cache.write(k, v)
+            k, v, slot_positions = cache.k.astype(x.dtype), cache.v.astype(x.dtype), cache.positions
         else:
             cache = write_layer(cache, layer, k, v, positions, lengths)
             k, v, slot_positions = (
@@ -102,22 +105,58 @@ class Attention(nn.Module):
         seen = (slot_at >= 0) & (slot_at <= query_at)
         if c.sliding_window is not None:
             seen = seen & (query_at - slot_at < c.sliding_window)
-        # Queries and outputs are turned by hand, tokens innermost but one, so that XLA's CPU compiler does not turn the
-        # scores, which are `length / head_dim` times as large, for its matrix products.
-        q = q.transpose(0, 2, 3, 1, 4)
-        logits = jnp.einsum("bhgtd,bhsd->bhgts", q, k, preferred_element_type=jnp.float32) * c.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
-        if cache is not None:  # what padding attends to does not count
-            asked = jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]
-            received = jnp.einsum(
-                "bhgts,bt->bhs",
-                jnp.where(seen[:, :, None], weights, 0.0),
-                asked.astype(jnp.float32),
-            )
+        if cache is not None and length == 1:
+            y, received = _attend_once(q[:, 0], k, v, seen[:, :, 0])
+            y, received = y[:, None], jnp.where(lengths[:, None, None] > 0, received, 0.0)
+        else:
+            y, weights = _attend(q, k, v, seen)
+            if cache is not None:  # what padding attends to does not count
+                asked = jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]
+                received = jnp.einsum(
+                    "bhgts,bt->bhs", jnp.where(seen[:, :, None], weights, 0.0), asked.astype(jnp.float32)
+                )
+        if isinstance(cache, LayerCache):
+            cache = dataclasses.replace(cache, received=received)
+        elif cache is not None:
             cache = cache.replace(scores=cache.scores.at[layer].add(received))
-        y = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(x.dtype), v).transpose(0, 3, 1, 2, 4)
         y = y.reshape(batch, length, c.num_attention_heads * c.head_dim)
         return Linear(c.hidden_size, c.o_bias, c.param_dtype, name="o_proj")(y), cache
+
+
+def _attend(
+    q: Float[Array, "batch length kv_heads group head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    v: Float[Array, "batch kv_heads slots head_dim"],
+    seen: Bool[Array, "batch kv_heads length slots"],
+) -> tuple[Float[Array, "batch length kv_heads group head_dim"], Float[Array, "batch kv_heads group length slots"]]:
+    """Softmax attention of many queries, and its weights in float32."""
+    # Queries and outputs are turned by hand, tokens innermost but one, so that XLA's CPU compiler does not turn the
+    # scores, which are `length / head_dim` times as large, for its matrix products.
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("bhgtd,bhsd->bhgts", q.transpose(0, 2, 3, 1, 4), k, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(v.dtype), v).transpose(0, 3, 1, 2, 4), weights
+
+
+def _attend_once(
+    q: Float[Array, "batch kv_heads group head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    v: Float[Array, "batch kv_heads slots head_dim"],
+    seen: Bool[Array, "batch kv_heads slots"],
+) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
+    """Softmax attention of one query a row, and the attention that each slot receives, float32.
+
+    Keys and values are read as they lie in the cache. With the queries on the left, XLA's CPU compiler would turn all
+    keys at every step; and sums over slots are taken of the results, not of the weights, which are many more.
+    """
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    logits = jnp.einsum("bhsd,bhgd->bhsg", k, scaled, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    logits = jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    inverse = 1.0 / jnp.sum(powers, axis=-1)
+    y = jnp.einsum("bhgs,bhsd->bhgd", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    received = jnp.einsum("bhgs,bhg->bhs", powers, inverse)
+    return (y * inverse[..., None]).astype(q.dtype), jnp.where(seen, received, 0.0)
 
 
 class MLP(nn.Module):
@@ -136,7 +175,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normalised before and added to the residual stream.
 
-    The carry `(x, cache)` holds the cache of all layers, so that a scan updates it in place at its layer.
+    The carry `(x, cache)` holds the cache of all layers, so that a scan updates it in place at its layer; or that of
+    this layer alone where layers are written out and the cache is split.
     """
 
     config: DecoderConfig
@@ -144,12 +184,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Hidden, KVCache | None],
+        carry: tuple[Hidden, KVCache | LayerCache | None],
         layer: Int[Array, ""],
         positions: Int[Array, "batch length"],
         lengths: Int[Array, " batch"],
         angles: tuple[Array, Array],
-    ) -> tuple[tuple[Hidden, KVCache | None], None]:
+    ) -> tuple[tuple[Hidden, KVCache | LayerCache | None], None]:
         c, (x, cache) = self.config, carry
         y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x)
         y, cache = Attention(c, name="attention")(y, cache, layer, positions, lengths, angles)
@@ -228,6 +268,7 @@ class Decoder(nn.Module):
         *,
         cache: KVCache | None = None,
         lengths: Int[Array, " batch"] | None = None,
+        last_only: bool = False,
     ) -> Float[Array, "batch length vocab"] | tuple[Float[Array, "batch length vocab"], KVCache]:
         """Logits of every token's successor.
 
@@ -236,6 +277,8 @@ class Decoder(nn.Module):
             cache: keys and values of the tokens before these; needs room for `lengths` more in every slot row, which
                 cannot be checked under `jit` (see `KVCache`).
             lengths: int32, valid tokens of each row; None means all. A row of 0 leaves its cache as it is.
+            last_only: gives logits of each row's last valid token alone, `[batch, 1, vocab]`; a prompt then does not
+                pay for the head at every token.
 
         Returns:
             Logits, float32; with a cache also the cache after these tokens. Logits of padding mean nothing.
@@ -249,6 +292,8 @@ class Decoder(nn.Module):
         counts = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1)
         angles = rotary_angles(c, positions, start + counts)
+        if cache is not None:  # else fused into every layer, which takes sines and cosines again for each of its heads
+            angles = jax.lax.optimization_barrier(angles)
 
         embed = Embed(c, name="embed")
         carry: Any = (embed(tokens), cache)
@@ -263,10 +308,17 @@ class Decoder(nn.Module):
             )
             indices = jnp.arange(c.num_hidden_layers, dtype=jnp.int32)
             carry, _ = scanned(c, name="layers")(carry, indices, positions, counts, angles)
+        elif cache is not None and cache.is_split:
+            x, (cache, layers) = carry[0], open_layers(cache, positions, counts)
+            for i, layer in enumerate(layers):
+                (x, layers[i]), _ = block(c, name=f"layers_{i}")((x, layer), jnp.int32(i), positions, counts, angles)
+            carry = x, close_layers(cache, layers)
         else:
             for i in range(c.num_hidden_layers):
                 carry, _ = block(c, name=f"layers_{i}")(carry, jnp.int32(i), positions, counts, angles)
         x, cache = carry
+        if last_only and length > 1:
+            x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
         x = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
         logits = embed.attend(x) if c.tie_word_embeddings else Head(c, name="lm_head")(x)
         return logits if cache is None else (logits, cache.replace(offset=cache.offset + counts))
@@ -343,8 +395,11 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     return Stage(name="embed", apply=EmbedApply(config)), *layers
 
 
-def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None) -> KVCache:
-    """An empty cache that fits `config`; `dtype` defaults to the one computed in."""
+def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None, split: bool = False) -> KVCache:
+    """An empty cache that fits `config`; `dtype` defaults to the one computed in.
+
+    `split` holds the layers apart (see `KVCache`), which decodes fastest; it needs `config.scan_layers` False.
+    """
     return init_cache(
         layers=config.num_hidden_layers,
         batch=batch,
@@ -352,6 +407,7 @@ def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = Non
         slots=slots,
         head_dim=config.head_dim,
         dtype=dtype or config.dtype or config.param_dtype,
+        split=split,
     )
 
 
@@ -399,9 +455,15 @@ def _check_shapes(config: DecoderConfig, tokens: Any, cache: Any, lengths: Any) 
             cache.slots,
             config.head_dim,
         )
-        if cache.k.shape != wanted:
+        if cache.is_split and config.scan_layers:
             raise ConfigError(
-                f"the cache's keys are {list(cache.k.shape)} but this model and batch need {list(wanted)} "
+                "the cache is split by layers but this model scans over them (scan_layers=True); join it with "
+                "effjax.kv.cache.join_layers(cache)"
+            )
+        found = (len(cache.k), *cache.k[0].shape) if cache.is_split else cache.k.shape
+        if found != wanted:
+            raise ConfigError(
+                f"the cache's keys are {list(found)} but this model and batch need {list(wanted)} "
                 "(layers, batch, kv_heads, slots, head_dim); make it with new_cache(config, batch=..., slots=...)"
             )
     return batch, length

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,18 @@ def generate(
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """Continues every prompt until a stop token or `max_new_tokens`.
 
-    One program is compiled for each combination of `apply`, shapes, `max_new_tokens`, `stop_tokens`, and of drawing or
-    not; parameters, prompts, temperature, mass and key may change freely. A row gives the same tokens alone as in any
-    batch, when drawing provided that it has the same key.
+    Two programs are compiled, one for the prompts and one that loops over the new tokens on the device, for each
+    combination of `apply`, shapes, `max_new_tokens`, `stop_tokens`, and of drawing or not; parameters, prompts,
+    temperature, mass and key may change freely. A row gives the same tokens alone as in any batch, when drawing
+    provided that it has the same key.
 
     Args:
         apply: `apply({"params": params}, tokens, cache=cache, lengths=lengths) -> (logits, cache)`, as `model.apply` or
-            `ej.lift(model.apply)`. Pass the same object again to reuse the compiled program.
+            `ej.lift(model.apply)`; for prompts with `last_only=True` besides, which asks for the logits
+            `[batch, 1, vocab]` of each row's last token. Pass the same object again to reuse the compiled programs.
         params: what `apply` takes, compressed or not.
-        cache: what came before the prompts, usually an empty `new_cache(...)`.
+        cache: what came before the prompts, usually an empty `new_cache(...)`; where layers are not scanned,
+            `new_cache(..., split=True)` decodes fastest.
         prompt_tokens: int32 `[batch, length]`, right padded.
         prompt_lengths: int32 `[batch]`, valid tokens of each row, at least 1.
         max_new_tokens: the most tokens to write.
@@ -65,28 +68,14 @@ def generate(
 
     Source: top-p is nucleus sampling, Holtzman et al. (2020).
     """
-    _check(cache, prompt_tokens, prompt_lengths, max_new_tokens, temperature, top_p, key, stop_tokens)
-    batch = prompt_tokens.shape[0]
-    draw = temperature > 0
-    if draw:
-        assert key is not None  # _check
-        keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
-    else:
-        keys = None
-    run = _run_donated if donate_cache else _run
-    tokens, lengths, _ = run(
-        params,
-        cache,
-        jnp.asarray(prompt_tokens, jnp.int32),
-        jnp.asarray(prompt_lengths, jnp.int32),
-        keys,
-        jnp.float32(temperature if draw else 1.0),
-        jnp.float32(top_p) if top_p < 1 else None,
-        apply=apply,
-        max_new_tokens=max_new_tokens,
-        stop_tokens=tuple(int(token) for token in stop_tokens),
-    )
-    return tokens, lengths
+    check(cache, prompt_tokens, prompt_lengths, max_new_tokens, temperature, top_p, key, stop_tokens)
+    draw = drawing(prompt_tokens.shape[0], temperature=temperature, top_p=top_p, key=key)
+    stops = tuple(int(token) for token in stop_tokens)
+    prefill = prefill_donated if donate_cache else _prefill_kept
+    prompts = jnp.asarray(prompt_tokens, jnp.int32), jnp.asarray(prompt_lengths, jnp.int32)
+    state = prefill(params, cache, *prompts, draw, apply=apply, max_new_tokens=max_new_tokens, stop_tokens=stops)
+    state = decode_donated(params, state, draw, apply=apply, stop_tokens=stops)
+    return state.written, state.counts
 
 
 def choose_token(
@@ -111,55 +100,100 @@ def choose_token(
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _generate(
+class State(NamedTuple):
+    """What a step of decoding takes and gives: all but the cache are small.
+
+    `step` tokens of each row are written in `written` `[batch, max_new_tokens]`, `token` is the last of them; `done`
+    rows have met a stop token, and `counts` holds how many tokens they wrote.
+    """
+
+    step: Array
+    token: Array
+    done: Array
+    written: Array
+    counts: Array
+    cache: KVCache
+
+
+class Draw(NamedTuple):
+    """How tokens are chosen; `keys` are `[batch]`, or None for the likeliest. See `choose_token`."""
+
+    keys: Array | None
+    temperature: Array
+    top_p: Array | None
+
+    def choose(self, logits: Array, step: Array) -> Array:
+        keys = None if self.keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, step)
+        return choose_token(logits, keys, self.temperature, self.top_p)
+
+
+def drawing(batch: int, *, temperature: float, top_p: float, key: Array | None) -> Draw:
+    """The choice that the arguments of `generate` ask for."""
+    if not temperature > 0:
+        return Draw(keys=None, temperature=jnp.float32(1.0), top_p=jnp.float32(top_p) if top_p < 1 else None)
+    assert key is not None  # check
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    return Draw(keys=keys, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p) if top_p < 1 else None)
+
+
+def _is_stop(token: Array, stop_tokens: tuple[int, ...]) -> Array:
+    return jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(token.shape, jnp.bool_)
+
+
+def _prefill(
     params: PyTree,
     cache: KVCache,
     prompt_tokens: Array,
     prompt_lengths: Array,
-    keys: Array | None,
-    temperature: Array,
-    top_p: Array | None,
+    draw: Draw,
     *,
     apply: Callable[..., Any],
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
-) -> tuple[Array, Array, KVCache]:
+) -> State:
+    """The prompts and the first token of each row."""
     batch = prompt_tokens.shape[0]
+    logits, cache = apply({"params": params}, prompt_tokens, cache=cache, lengths=prompt_lengths, last_only=True)
+    token = draw.choose(logits[:, 0], jnp.int32(0))
+    written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(token)
+    return State(
+        step=jnp.int32(1),
+        token=token,
+        done=_is_stop(token, stop_tokens),
+        written=written,
+        counts=jnp.ones((batch,), jnp.int32),
+        cache=cache,
+    )
 
-    def choose(logits: Array, step: Array) -> Array:
-        step_keys = None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        return choose_token(logits, step_keys, temperature, top_p)
 
-    def is_stop(token: Array) -> Array:
-        return (
-            jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(token.shape, jnp.bool_)
+def _decode(
+    params: PyTree, state: State, draw: Draw, *, apply: Callable[..., Any], stop_tokens: tuple[int, ...]
+) -> State:
+    """All further tokens: one loop on the device, whose state stays in place."""
+
+    def proceed(state: State) -> Array:
+        return (state.step < state.written.shape[1]) & ~jnp.all(state.done)
+
+    def advance(state: State) -> State:
+        going = (~state.done).astype(jnp.int32)
+        logits, cache = apply({"params": params}, state.token[:, None], cache=state.cache, lengths=going)
+        token = draw.choose(logits[:, 0], state.step) * going
+        return State(
+            step=state.step + 1,
+            token=token,
+            done=state.done | _is_stop(token, stop_tokens),
+            written=jax.lax.dynamic_update_slice(state.written, token[:, None], (jnp.int32(0), state.step)),
+            counts=state.counts + going,
+            cache=cache,
         )
 
-    logits, cache = apply({"params": params}, prompt_tokens, cache=cache, lengths=prompt_lengths)
-    last = jnp.take_along_axis(logits, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = choose(last, jnp.int32(0))
-    written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(token)
-    state = (jnp.int32(1), token, is_stop(token), written, jnp.ones((batch,), jnp.int32), cache)
-
-    def proceed(state: Any) -> Array:
-        step, _, done, *_ = state
-        return (step < max_new_tokens) & ~jnp.all(done)
-
-    def advance(state: Any) -> Any:
-        step, token, done, written, lengths, cache = state
-        going = (~done).astype(jnp.int32)
-        logits, cache = apply({"params": params}, token[:, None], cache=cache, lengths=going)
-        token = choose(logits[:, 0], step) * going
-        written = jax.lax.dynamic_update_slice(written, token[:, None], (jnp.int32(0), step))
-        return step + 1, token, done | is_stop(token), written, lengths + going, cache
-
-    _, _, _, written, lengths, cache = jax.lax.while_loop(proceed, advance, state)
-    return written, lengths, cache
+    return jax.lax.while_loop(proceed, advance, state)
 
 
-_STATIC = ("apply", "max_new_tokens", "stop_tokens")
-_run = jax.jit(_generate, static_argnames=_STATIC)
-_run_donated = jax.jit(_generate, static_argnames=_STATIC, donate_argnames="cache")
+_PREFILL_STATIC, _DECODE_STATIC = ("apply", "max_new_tokens", "stop_tokens"), ("apply", "stop_tokens")
+_prefill_kept = jax.jit(_prefill, static_argnames=_PREFILL_STATIC)
+prefill_donated = jax.jit(_prefill, static_argnames=_PREFILL_STATIC, donate_argnames="cache")
+decode_donated = jax.jit(_decode, static_argnames=_DECODE_STATIC, donate_argnames="state")
 
 
 def generate_text(
@@ -193,9 +227,37 @@ def generate_text(
     Raises:
         ConfigError: no tokenizer, no or empty prompts, or an argument out of range.
     """
+    text = encode_prompts(model, prompts, max_new_tokens)
+    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    written, counts = generate(
+        model.apply if apply is None else apply,
+        model.params if params is None else params,
+        text.cache,
+        text.tokens,
+        text.lengths,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        key=jax.random.key(seed),
+        stop_tokens=stops,
+        donate_cache=True,
+    )
+    return decode_texts(model, text.ids, written, counts, stops)
+
+
+class Prompts(NamedTuple):
+    """Texts ready for `generate`: their token ids, the same padded to one length, and an empty cache with room."""
+
+    ids: list[list[int]]
+    tokens: Array
+    lengths: Array
+    cache: KVCache
+
+
+def encode_prompts(model: "LoadedModel", prompts: Sequence[str], max_new_tokens: int) -> Prompts:
+    """The arguments of `generate` for texts; see `generate_text`."""
     if isinstance(prompts, str) or not prompts:
         raise ConfigError("generate_text: prompts must be a list of at least one text")
-    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     encoded = [model.encode(text) for text in prompts]
     for text, ids in zip(prompts, encoded, strict=True):
         if not ids:
@@ -207,33 +269,30 @@ def generate_text(
     tokens = np.zeros((len(encoded), padded), np.int32)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids
-    written, counts = generate(
-        model.apply if apply is None else apply,
-        model.params if params is None else params,
-        new_cache(model.config, batch=len(encoded), slots=padded + max(max_new_tokens, 1), dtype=_cache_dtype(model)),
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        key=jax.random.key(seed),
-        stop_tokens=stops,
-        donate_cache=True,
+    cache = new_cache(
+        model.config,
+        batch=len(encoded),
+        slots=padded + max(max_new_tokens, 1),
+        dtype=model.config.dtype or model.params["embed"]["embedding"].dtype,
+        split=not model.config.scan_layers,
     )
+    return Prompts(ids=encoded, tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), cache=cache)
+
+
+def decode_texts(
+    model: "LoadedModel", prompts: list[list[int]], written: Any, counts: Any, stop_tokens: Sequence[int]
+) -> list[str]:
+    """The continuations as texts, without prompts and without stop tokens."""
     texts = []
-    for prompt, row, count in zip(encoded, np.asarray(written), np.asarray(counts), strict=True):
+    for prompt, row, count in zip(prompts, np.asarray(written), np.asarray(counts), strict=True):
         ids = row[:count].tolist()
-        ids = ids[:-1] if ids[-1] in stops else ids
+        ids = ids[:-1] if ids[-1] in stop_tokens else ids
         head, whole = model.decode(prompt), model.decode(prompt + ids)  # alone, a first space would be lost
         texts.append(whole[len(head) :] if whole.startswith(head) else model.decode(ids))
     return texts
 
 
-def _cache_dtype(model: "LoadedModel") -> Any:
-    return model.config.dtype or model.params["embed"]["embedding"].dtype
-
-
-def _check(
+def check(
     cache: KVCache,
     prompt_tokens: Any,
     prompt_lengths: Any,
