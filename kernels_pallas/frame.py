@@ -67,6 +67,7 @@ class Weights:
         vmem: bytes of vector memory a step needs at most.
         nbytes: of all that is stored.
         name: in profiles.
+        turned: `dense` gives `[out, span]`.
     """
 
     shape: tuple[int, ...]
@@ -79,6 +80,7 @@ class Weights:
     vmem: int
     nbytes: int
     name: str
+    turned: bool = False
 
 
 def multiply(x: jax.Array, w: Weights, tile: Tile, *, transpose: bool, interpret: bool) -> jax.Array:
@@ -113,9 +115,9 @@ def multiply(x: jax.Array, w: Weights, tile: Tile, *, transpose: bool, interpret
         def step(s: Any, carry: None) -> None:
             dense = w.dense(stored, scratch, s, k, j, x_ref.dtype)
             if transpose:
-                out_ref[s] += dot(x_ref[...], dense, 1)
+                out_ref[s] += dot(x_ref[...], dense, 0 if w.turned else 1)
             else:
-                out_ref[...] += dot(x_ref[s], dense, 0)
+                out_ref[...] += dot(x_ref[s], dense, 1 if w.turned else 0)
             return carry
 
         lax.fori_loop(0, tile.spans, step, None, unroll=unroll(tile))
@@ -145,6 +147,11 @@ def dot(x: jax.Array, dense: jax.Array, axis: int) -> jax.Array:
 def unroll(tile: Tile) -> int:
     """Spans side by side in the code, so that unpacking one overlaps with the product of another."""
     return max(1, min(tile.spans, 2**17 // (tile.span * tile.out)))
+
+
+def live_weights(tile: Tile) -> int:
+    """Weights that are unpacked at a time."""
+    return tile.span * tile.out * unroll(tile)
 
 
 def compiler_params(vmem: int) -> pltpu.CompilerParams:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from effjax.arrays.nm_sparse import NMSparse
-from kernels_pallas.frame import Operand, Weights, multiply
+from kernels_pallas.frame import Operand, Weights, live_weights, multiply
 from kernels_pallas.words import LANES, SUBLANES, Stream, pad_to, round_up, strided, to_columns
 
 MOST_GROUP = 32
@@ -96,7 +96,7 @@ def vmem_bytes(tile: Tile, x_dtype: Any, w: NMSparse, *, transpose: bool = False
     stored = kept * tile.out * w.values.dtype.itemsize + kept * w.index_bits // 8 * tile.out
     wide = tile.rows * max(tile.inputs if transpose else tile.out, LANES)
     activations = tile.rows * item * (tile.out if transpose else tile.inputs)
-    spread = tile.span * tile.out * (8 + item) + 4 * wide
+    spread = live_weights(tile) * (8 + item) + 4 * wide
     return 2 * (stored + activations + 4 * wide) + stored + 4 * wide + 2 * spread
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from effjax.arrays.quantized import Quantized
+from kernels_pallas.frame import live_weights
 from kernels_pallas.words import LANES, Stream, round_up
 
 MOST_PRODUCT_ROWS = 128  # rows of the matrix unit that a decode step may fill, all groups of a span together
@@ -116,5 +117,5 @@ def vmem_bytes(tile: Tile, x_dtype: Any, w: Quantized, *, transpose: bool = Fals
     blocks = 2 * (codes + scales + activations + 4 * wide)
     words = codes if Stream(w.bits).period_words > 1 else 0
     scratch = 4 * wide + scales + words
-    unpacked = tile.span * tile.out * (4 + 4 + item) + 4 * wide
+    unpacked = live_weights(tile) * (4 + 4 + item) + 4 * wide
     return blocks + scratch + 2 * unpacked
