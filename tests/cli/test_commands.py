@@ -15,13 +15,13 @@ from tests.cli.conftest import Ran
 JUDGE = "--text text.txt --windows 6 --window-length 32"
 
 
-@pytest.mark.parametrize("command", ["", "plan", "compress", "verify", "eval", "generate", "report"])
+@pytest.mark.parametrize("command", ["", "plan", "compress", "convert", "verify", "eval", "generate", "report"])
 def test_help(effjax: Callable[[str], Ran], command: str) -> None:
     ran = effjax(f"{command} --help")
     assert ran.code == 0
     assert "usage: effjax" in ran.out and "{None}" not in ran.out
     if not command:
-        assert all(name in ran.out for name in ("plan", "compress", "verify", "eval", "generate", "report"))
+        assert all(name in ran.out for name in ("plan", "compress", "convert", "verify", "eval", "generate", "report"))
 
 
 def test_unknown_command_and_flag(effjax: Callable[[str], Ran]) -> None:
