@@ -1,8 +1,14 @@
-"""`effjax generate`: continue a text."""
+"""`effjax generate`: continue a text, and say what it took."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
+from effjax.cli.console import say
 from effjax.cli.inputs import ModelName, open_model
+from effjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from effjax.models.compiled_generate import GenerationStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,17 +27,68 @@ class Generate:
     """Draws only from the likeliest tokens that together hold this probability."""
     seed: int = 0
     """Of the draws."""
+    batch: int = 1
+    """Continuations that are written at once, each with draws of its own; the first is that of a batch of one."""
+    packed: bool = False
+    """Runs compressed weights packed however small the model is. Without it those of a model whose float32 weights fit
+    in 128 MiB are unpacked first."""
+    stats: bool = False
+    """Prints tokens a second, the time to the first token and the bytes of weights and cache a token (on stderr)."""
 
     def run(self) -> int:
-        from effjax.compress import Sampling, runnable_params, write_sample
+        from effjax.compress import float32_apply, runnable_params
+        from effjax.models.compiled_generate import generate_text_measured
+        from effjax.models.generate import generate_text
 
+        if self.batch < 1:
+            raise ConfigError(f"--batch {self.batch}: at least one continuation")
         model = open_model(self.model).model
-        sampling = Sampling(
-            prompt=self.prompt,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
-        print(self.prompt + write_sample(model, runnable_params(model.params), sampling))
+        apply = float32_apply(model)
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "apply": apply,
+            "params": model.params if self.packed else runnable_params(model.params),
+        }
+        model = dataclasses.replace(model, config=apply.decoder.config)
+        prompts = [self.prompt] * self.batch
+        if self.stats:
+            texts, stats = generate_text_measured(model, prompts, **options)
+        else:
+            texts, stats = generate_text(model, prompts, **options), None
+        for text in texts:
+            print(self.prompt + text)
+        if stats is not None:
+            say(describe(stats))
         return 0
+
+
+def describe(stats: "GenerationStats") -> str:
+    """The figures of a run, in three lines or two.
+
+    Example:
+        >>> from effjax.models.compiled_generate import GenerationStats
+        >>> print(describe(GenerationStats(rows=1, prompt_tokens=5, new_tokens=11, steps=10, first_token_s=0.5,
+        ...                                decode_s=2.0, weight_bytes=900, cache_bytes=100)))
+        first token: 500.0 ms (5 prompt tokens, 10.0 a second)
+        decoding: 5.0 tokens a second (10 steps of 200.00 ms)
+        bytes a token: 1,000 (weights 900, cache 100 a step), 0.00 GB/s
+    """
+    lines = [
+        f"first token: {1e3 * stats.first_token_s:.1f} ms ({stats.prompt_tokens:,} prompt tokens, "
+        f"{stats.prompt_tokens_per_second:.1f} a second)"
+    ]
+    speed = ""
+    if stats.tokens_per_second is not None and stats.bytes_per_second is not None:
+        step = 1e3 * stats.decode_s / stats.steps
+        lines.append(
+            f"decoding: {stats.tokens_per_second:.1f} tokens a second ({stats.steps:,} steps of {step:.2f} ms)"
+        )
+        speed = f", {stats.bytes_per_second / 1e9:.2f} GB/s"
+    lines.append(
+        f"bytes a token: {stats.bytes_per_token:,.0f} (weights {stats.weight_bytes:,}, cache {stats.cache_bytes:,} "
+        f"a step){speed}"
+    )
+    return "\n".join(lines)

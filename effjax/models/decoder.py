@@ -310,8 +310,9 @@ class Decoder(nn.Module):
             carry, _ = scanned(c, name="layers")(carry, indices, positions, counts, angles)
         elif cache is not None and cache.is_split:
             x, (cache, layers) = carry[0], open_layers(cache, positions, counts)
-            for i, layer in enumerate(layers):
-                (x, layers[i]), _ = block(c, name=f"layers_{i}")((x, layer), jnp.int32(i), positions, counts, angles)
+            for i in range(c.num_hidden_layers):
+                carry, _ = block(c, name=f"layers_{i}")((x, layers[i]), jnp.int32(i), positions, counts, angles)
+                x, layers[i] = carry
             carry = x, close_layers(cache, layers)
         else:
             for i in range(c.num_hidden_layers):
