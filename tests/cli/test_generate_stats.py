@@ -1,0 +1,54 @@
+"""`effjax generate`: the figures it prints, packed weights, and several continuations at once."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+import effjax as ej
+from effjax.arrays.base import is_compressed
+from effjax.io.checkpoint import load_checkpoint
+from tests.cli.conftest import CONFIG, Ran
+
+OPTIONS = "--prompt the --max-new-tokens 8 --temperature 0"
+
+
+@pytest.fixture
+def small(effjax: Callable[[str], Ran], work: Path) -> str:
+    assert effjax("compress tiny --method rtn --bits 4 --group-size 16 --out small").code == 0
+    return "small"
+
+
+def test_stats(effjax: Callable[[str], Ran], small: str) -> None:
+    plain, ran = effjax(f"generate {small} {OPTIONS}"), effjax(f"generate {small} {OPTIONS} --stats")
+    assert ran.code == 0, ran.err
+    assert ran.out == plain.out, "figures change no token and are not among the text"
+    first, decoding, sizes = ran.err.strip().splitlines()
+    assert re.fullmatch(r"first token: [\d.]+ ms \(4 prompt tokens, [\d,.]+ a second\)", first)
+    found = re.fullmatch(r"decoding: ([\d.]+) tokens a second \((\d+) steps of ([\d.]+) ms\)", decoding)
+    assert found and 1 <= int(found[2]) <= 7
+    assert abs(1e3 / float(found[1]) - float(found[3])) < 0.02, "one row, so a step gives a token"
+    unpacked = sum(4 * leaf.size for leaf in _leaves(small))
+    assert f"(weights {unpacked:,}, cache " in sizes and sizes.endswith("GB/s")
+
+
+def test_packed_stats_count_packed_bytes(effjax: Callable[[str], Ran], small: str) -> None:
+    ran = effjax(f"generate {small} {OPTIONS} --stats --packed")
+    assert ran.code == 0, ran.err
+    assert f"(weights {ej.nbytes(load_checkpoint(small).params):,}, cache " in ran.err
+    slots, heads = 32 + 8, CONFIG.num_hidden_layers * CONFIG.num_key_value_heads
+    assert f"cache {heads * (slots * (2 * 4 * CONFIG.head_dim + 8) + 4) + 4:,} a step" in ran.err
+
+
+def test_batch(effjax: Callable[[str], Ran], work: Path) -> None:
+    drawn = "--prompt the --max-new-tokens 6 --temperature 1.2 --seed 4"
+    one, three = effjax(f"generate tiny {drawn}"), effjax(f"generate tiny {drawn} --batch 3")
+    assert three.code == 0, three.err
+    assert three.out.startswith(one.out) and three.out.count("the") >= 3
+    assert "--batch 0: at least one continuation" in effjax(f"generate tiny {drawn} --batch 0").err
+
+
+def _leaves(directory: str) -> list:
+    return jax.tree.leaves(load_checkpoint(directory).params, is_leaf=is_compressed)
