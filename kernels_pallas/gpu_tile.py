@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import numpy as np
-
 from kernels_pallas.gpu_packed import BLOCK, Packed, round_up
 
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
 REGISTERS = 160  # a thread has for packed words and accumulators, of 255
 ACCUMULATORS = 128  # of these, at most, for accumulators
 SHARED_BYTES = 227 * 1024  # of a multiprocessor, that its blocks share
+RESERVED_BYTES = 4096  # of a block's, for barriers and what the compiler keeps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +70,10 @@ def choose_tile(rows: int, packed: Packed, *, transpose: bool = False, multiproc
     wanted = [k for k in range(1, steps // 4 + 1) if steps % k == 0 and running * k <= 3 * multiprocessors]
     splits = max(wanted, default=1) if running < 2 * multiprocessors else 1
     tile = Tile(rows=tile_rows, columns=columns, splits=splits)
-    fitting = SHARED_BYTES // 3 // stage_bytes(packed, tile, transpose=transpose)
-    return dataclasses.replace(tile, stages=int(np.clip(fitting, 2, 6)))
+    # Three blocks share a multiprocessor where two steps of each fit.
+    step = stage_bytes(packed, tile, transpose=transpose)
+    stages = min(max(SHARED_BYTES // 3 // step, 2), 6)
+    return dataclasses.replace(tile, stages=stages if stages * step <= SHARED_BYTES - RESERVED_BYTES else 1)
 
 
 def contraction_pairs(packed: Packed) -> int:

@@ -46,7 +46,7 @@ def codebook_matmul(
         ValueError: `why_not` has a reason, or the tile does not fit.
     """
     if reason := why_not(x.shape[0], x.dtype, w, transpose=transpose):
-        raise ValueError(reason)
+        raise ValueError(f"{reason}; use implementation='reference'")
     (n, out), width = w.shape, x.shape[1]
     if width != (out if transpose else n):
         raise ValueError(f"x {list(x.shape)} does not multiply W{'.T' if transpose else ''} of {n}x{out}")

@@ -47,7 +47,7 @@ def quant_matmul(
     Source: the registers' way to the tensor core is that of Marlin (Frantar et al. 2024, section 3).
     """
     if reason := why_not(x.shape[0], x.dtype, w, transpose=transpose):
-        raise ValueError(reason)
+        raise ValueError(f"{reason}; use implementation='reference'")
     (n, out), width = w.shape, x.shape[1]
     if width != (out if transpose else n):
         raise ValueError(f"x {list(x.shape)} does not multiply W{'.T' if transpose else ''} of {n}x{out}")

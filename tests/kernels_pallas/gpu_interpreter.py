@@ -1,0 +1,181 @@
+"""The Hopper kernels in Mosaic GPU's interpreter, a process of its own because it may hang: errors as lines of JSON.
+
+python -m tests.kernels_pallas.gpu_interpreter quant codebook
+
+The interpreter lacks what the kernels are made of, so it is given that here: casts between register layouts (which
+change no value), reads through a transposed reference, and a left operand of `wgmma` that is in registers. Layouts
+are thereby not tested; lowering does that (`test_gpu_lowering.py`), and a GPU (`test_gpu_device.py`).
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu import core
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.state import indexing
+from jax._src.state.types import AbstractRef, TransposeTransform
+
+from kernels_pallas.codebook_matmul import gpu as codebook_gpu
+from kernels_pallas.gpu_tile import Tile
+from kernels_pallas.nm_matmul import gpu as nm_gpu
+from kernels_pallas.quant_matmul import gpu as quant_gpu
+from tests.kernels_pallas.oracles import codebook, dense, nm_sparse, quantized
+
+Interpreter = jaxpr_interpret.JaxprInterpreter
+_elementwise = Interpreter._interpret_arithmetic_primitive
+
+
+def _place(self, eqn):
+    return dict(
+        device_id=jnp.int32(self.device_info.device_id),
+        grid_point_coords=self.grid_point_coords,
+        thread_id=self.thread_id,
+        source_info=eqn.source_info,
+    )
+
+
+def _read(self, eqn, token, aval, key, transforms):
+    """The interpreter's read up to the first transposition, the rest on the value."""
+    plain = next((i for i, t in enumerate(transforms) if isinstance(t, TransposeTransform)), len(transforms))
+    for t in transforms[:plain]:
+        aval = t.transform_type(aval)
+    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    token, value = gpu_callbacks.call_get(
+        token=token,
+        result_shape_and_dtype=struct,
+        allocation_key_as_array=key,
+        transforms=tuple(transforms[:plain]),
+        **_place(self, eqn),
+    )
+    for t in transforms[plain:]:
+        if isinstance(t, TransposeTransform):
+            value = jnp.transpose(value, t.permutation)
+        else:
+            assert all(isinstance(i, indexing.Slice) and isinstance(i.start, int) for i in t.indices)
+            value = value[tuple(slice(i.start, i.start + i.size) for i in t.indices)]
+    return token, value
+
+
+def _get(self, eqn, token, get_invals):
+    key, *leaves = get_invals()
+    return _read(self, eqn, token, eqn.invars[0].aval, key, jax.tree.unflatten(eqn.params["tree"], leaves))
+
+
+def _wgmma(self, eqn, token, get_invals):
+    accumulator, a, b, *leaves = get_invals()
+    trees = [eqn.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b")]
+    _, a_transforms, b_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    avals = [v.aval for v in eqn.invars]
+    if isinstance(avals[1], AbstractRef):
+        token, a = _read(self, eqn, token, avals[1], a, a_transforms)
+    token, b = _read(self, eqn, token, avals[2], b, b_transforms)
+    where = dict(
+        result_shape_and_dtype=jax.ShapeDtypeStruct(avals[0].shape, avals[0].dtype),
+        allocation_key_as_array=accumulator,
+        transforms=(),
+        **_place(self, eqn),
+    )
+    token, total = gpu_callbacks.call_get(token=token, **where)
+    total = total + jnp.dot(a, b, preferred_element_type=jnp.float32, precision="highest")
+    token, _ = gpu_callbacks.call_swap(token=token, val=total, mask=None, **where)
+    return token, []
+
+
+def _value(self, eqn, get_invals):
+    return get_invals()[0] if eqn.primitive is core.layout_cast_p else _elementwise(self, eqn, get_invals)
+
+
+def extend():
+    Interpreter._interpret_get_p = _get
+    Interpreter._interpret_wgmma_ref_p = _wgmma
+    Interpreter._interpret_arithmetic_primitive = _value
+
+
+def error(kernel, w, rows, dtype, transpose=False, tile=None, interpreted=True) -> float:
+    """The largest error relative to the largest result, in the interpreter or on the GPU that there is."""
+    n, out = w.shape
+    x = np.random.default_rng(1).standard_normal((rows, out if transpose else n))
+    x = jnp.asarray(x, dtype)
+    expected = np.asarray(x).astype(np.float64) @ (dense(w).T if transpose else dense(w))
+
+    @jax.jit
+    def product(x, w):
+        return kernel(x, w, transpose=transpose, tile=tile, interpret=InterpretGPUParams() if interpreted else False)
+
+    actual = product(x, w)
+    assert actual.dtype == jnp.float32 and actual.shape == expected.shape
+    return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
+
+
+def quant() -> Iterator[tuple[str, float]]:
+    """Every width, group or none, kind of zero point and type of scale; padding along all three dimensions."""
+    half, brain, full = jnp.float16, jnp.bfloat16, jnp.float32
+    for bits, n, out, group, zeros, scale_dtype, rows, dtype in (
+        (1, 100, 40, None, "symmetric", half, 2, full),
+        (2, 128, 128, 64, "real", full, 1, brain),
+        (3, 384, 128, 128, "packed", brain, 2, full),
+        (4, 256, 256, 128, "symmetric", half, 9, brain),
+        (4, 256, 128, 32, "packed", half, 3, full),
+        (5, 96, 40, None, "real", half, 1, full),
+        (6, 128, 40, 64, "symmetric", full, 1, full),
+        (7, 96, 40, None, "packed", half, 1, full),
+        (8, 200, 130, None, "packed", full, 17, full),
+    ):
+        w = quantized(n, out, bits=bits, group=group, zeros=zeros, scale_dtype=scale_dtype)
+        yield f"{bits} bits, {n}x{out}, group {group}, {zeros}", error(quant_gpu.quant_matmul, w, rows, dtype)
+
+
+def transposed() -> Iterator[tuple[str, float]]:
+    for bits, n, out, group, zeros, dtype in (
+        (4, 256, 256, 128, "packed", jnp.float32),
+        (3, 100, 40, None, "packed", jnp.float32),
+        (8, 128, 130, 64, "real", jnp.bfloat16),
+    ):
+        w = quantized(n, out, bits=bits, group=group, zeros=zeros, scale_dtype=jnp.float16)
+        name = f"{bits} bits, {n}x{out}, group {group}, {zeros}"
+        yield name, error(quant_gpu.quant_matmul, w, 3, dtype, transpose=True)
+    w = codebook(256, 128, entries=16, scales=2, scale_dtype=jnp.float16)
+    yield "codebook", error(codebook_gpu.codebook_matmul, w, 3, jnp.float32, transpose=True)
+    w = nm_sparse(128, 130, n=2, m=4, dtype=jnp.bfloat16)
+    yield "2:4", error(nm_gpu.nm_matmul, w, 3, jnp.float32, transpose=True)
+
+
+def codebooks() -> Iterator[tuple[str, float]]:
+    for entries, n, out, tables, scales, top, dtype in (
+        (16, 256, 128, (1, 1), 4, None, jnp.bfloat16),
+        (16, 100, 140, (1, 140), None, None, jnp.float32),
+        (5, 100, 140, (1, 2), 1, None, jnp.float32),
+        (3, 256, 40, (1, 1), 4, 2.0, jnp.float32),
+    ):
+        w = codebook(n, out, entries=entries, tables=tables, scales=scales, global_scale=top, scale_dtype=jnp.float16)
+        yield f"{entries} entries, {tables} tables", error(codebook_gpu.codebook_matmul, w, 3, dtype)
+
+
+def sparse() -> Iterator[tuple[str, float]]:
+    for n, m, rows, out in ((2, 4, 64, 130), (4, 8, 128, 40)):
+        w = nm_sparse(rows, out, n=n, m=m, dtype=jnp.bfloat16)
+        yield f"{n}:{m}", error(nm_gpu.nm_matmul, w, 3, jnp.float32)
+
+
+def tiles() -> Iterator[tuple[str, float]]:
+    """Several blocks along every axis, fewer stages than steps, sums that are split."""
+    w = quantized(1024, 512, bits=4, group=128, zeros="packed", scale_dtype=jnp.float16)
+    for transpose, tile in (
+        (False, Tile(rows=8, columns=256, splits=2, stages=3)),
+        (True, Tile(rows=8, splits=2, stages=1)),
+    ):
+        yield f"{tile}", error(quant_gpu.quant_matmul, w, 20, jnp.bfloat16, transpose=transpose, tile=tile)
+
+
+GROUPS = {"quant": quant, "transposed": transposed, "codebook": codebooks, "sparse": sparse, "tiles": tiles}
+
+if __name__ == "__main__":
+    extend()
+    for group in sys.argv[1:]:
+        for name, off in GROUPS[group]():
+            print(json.dumps({"group": group, "case": name, "error": off}), flush=True)

@@ -1,0 +1,79 @@
+"""The Hopper kernels on a GPU against the product in float64: what neither the interpreter nor lowering can tell."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernels_pallas.codebook_matmul.gpu as codebook_gpu
+import kernels_pallas.nm_matmul.gpu as nm_gpu
+import kernels_pallas.quant_matmul.gpu as quant_gpu
+from kernels_pallas.gpu_tile import Tile
+from tests.kernels_pallas.gpu_interpreter import error
+from tests.kernels_pallas.oracles import codebook, nm_sparse, quantized
+
+pytestmark = pytest.mark.gpu
+
+ROWS = (1, 9, 16, 130)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hopper():
+    capability = getattr(jax.devices()[0], "compute_capability", "none")
+    if capability != "9.0":
+        pytest.skip(f"these kernels are for compute capability 9.0, this machine has {capability}")
+
+
+def assert_close(kernel, w, rows, dtype, *, rounded=False, **options):
+    """Exact but for sums in float32, or with weights (tables) rounded to bf16 or to 16 bits."""
+    off = error(kernel, w, rows, dtype, interpreted=False, **options)
+    assert off < ({jnp.bfloat16: 4e-3, jnp.float32: 2e-5}[dtype] if rounded else 1e-5), f"off by {off:.2e}"
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("zeros", ["symmetric", "packed", "real"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_width_group_and_zero_point(bits, zeros, dtype):
+    for n, out, group, scale_dtype in ((512, 384, 128, jnp.float16), (500, 330, None, jnp.float32)):
+        w = quantized(n, out, bits=bits, group=group, zeros=zeros, scale_dtype=scale_dtype)
+        for rows in ROWS:
+            assert_close(quant_gpu.quant_matmul, w, rows, dtype)
+            if quant_gpu.why_not(rows, dtype, w, transpose=True) == "":
+                assert_close(quant_gpu.quant_matmul, w, rows, dtype, transpose=True, rounded=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_large_matrix_in_both_directions(dtype):
+    w = quantized(4096, 2048, bits=4, group=128, zeros="packed", scale_dtype=jnp.float16)
+    for rows in (*ROWS, 600):
+        assert_close(quant_gpu.quant_matmul, w, rows, dtype)
+        assert_close(quant_gpu.quant_matmul, w, rows, dtype, transpose=True, rounded=True)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("columns", [128, 256])
+def test_every_tile_gives_the_same(splits, stages, columns):
+    w = quantized(2048, 1024, bits=4, group=128, zeros="packed", scale_dtype=jnp.float16)
+    for rows in (8, 32, 64):
+        tile = Tile(rows=rows, columns=columns, splits=splits, stages=stages)
+        assert_close(quant_gpu.quant_matmul, w, 70, jnp.bfloat16, tile=tile)
+
+
+@pytest.mark.parametrize("entries", [2, 5, 16])
+@pytest.mark.parametrize("tables", [(1, 1), (1, 320)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_codebooks(entries, tables, dtype):
+    for scales in (None, 1, 4):
+        w = codebook(512, 320, entries=entries, tables=tables, scales=scales, scale_dtype=jnp.float16)
+        for rows in ROWS:
+            assert_close(codebook_gpu.codebook_matmul, w, rows, dtype, rounded=True)
+            if codebook_gpu.why_not(rows, dtype, w, transpose=True) == "":
+                assert_close(codebook_gpu.codebook_matmul, w, rows, dtype, transpose=True, rounded=True)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_sparse(n, m, transpose):
+    w = nm_sparse(1000, 330, n=n, m=m, dtype=jnp.bfloat16)
+    for rows in ROWS:
+        assert_close(nm_gpu.nm_matmul, w, rows, jnp.float32, transpose=transpose)
