@@ -32,7 +32,7 @@ COMPILE_FLAGS = (
     "-Wno-unused-parameter",
     "-Wno-maybe-uninitialized",  # gcc 12 says it of its own headers for vector instructions
 )
-# Files whose whole code is for one instruction set, by the end of their names; on other machines they compile to nothing.
+# Files whose whole code is for one instruction set, by the end of their names; elsewhere they compile to nothing.
 VARIANT_FLAGS = {
     ("x86_64", "_avx2"): ("-mavx2", "-mfma", "-mf16c"),
     ("x86_64", "_avx512"): (
@@ -114,7 +114,17 @@ def _compile(compiler: list[str], sources: list[pathlib.Path], include: pathlib.
     with tempfile.TemporaryDirectory() as scratch:
         objects = [pathlib.Path(scratch, source.stem + ".o") for source in sources]
         commands = [
-            [*compiler, *COMPILE_FLAGS, *variant_flags(source), "-isystem", str(include), "-c", str(source), "-o", str(output)]
+            [
+                *compiler,
+                *COMPILE_FLAGS,
+                *variant_flags(source),
+                "-isystem",
+                str(include),
+                "-c",
+                str(source),
+                "-o",
+                str(output),
+            ]
             for source, output in zip(sources, objects, strict=True)
         ]
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

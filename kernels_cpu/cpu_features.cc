@@ -44,6 +44,7 @@ std::string DetectFeatures() {
   add("f16c", HasF16c());
   add("bmi2", __builtin_cpu_supports("bmi2"));
   add("avx512f", __builtin_cpu_supports("avx512f"));
+  add("avx512dq", __builtin_cpu_supports("avx512dq"));
   add("avx512bw", __builtin_cpu_supports("avx512bw"));
   add("avx512vl", __builtin_cpu_supports("avx512vl"));
   add("avx512vbmi", __builtin_cpu_supports("avx512vbmi"));

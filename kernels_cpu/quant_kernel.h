@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "quant_matmul.h"
+#include "unpack.h"
 
 namespace effjax {
 
@@ -17,7 +18,7 @@ struct Quant {
   static constexpr int kBytes = S::kBytes;           // columns of a panel: one byte each
   static constexpr int kLanes = kBytes / 4;          // columns of a vector of sums
   static constexpr int64_t kTileFloats = 16384;      // 64 KiB of sums on the stack
-  static constexpr int64_t kMaxRows = kTileFloats / kColumnTile;
+  static constexpr int64_t kMaxRows = kTileFloats / kBytes;
 
   // ---- activations -----------------------------------------------------------------------------------------------
 
@@ -98,82 +99,18 @@ struct Quant {
     }
   }
 
-  // ---- codes to a panel: [quads][4 vectors][kLanes columns][4 inputs] ------------------------------------------------
-
-  template <bool kFull>
-  static I Row(const uint8_t* codes, int64_t columns) {
-    if constexpr (kFull) {
-      return S::Load(codes);
-    } else {
-      alignas(64) uint8_t padded[kBytes] = {};
-      std::memcpy(padded, codes, static_cast<size_t>(columns));
-      return S::Load(padded);
-    }
-  }
-
-  static void StorePanel(const I (&rows)[4], uint8_t* panel) {
-    I quads[4];
-    S::Interleave(rows, quads);
-    for (int v = 0; v < 4; ++v) S::Store(panel + v * kBytes, quads[v]);
-  }
-
-  // `rows` is how many bytes of each column are there; the codes of the last run may end before it does.
-  template <int kBits, bool kFull>
-  static void Unpack(const uint8_t* codes, int64_t stride, int64_t rows, int64_t runs, int64_t columns, int64_t ahead,
-                     uint8_t* panel) {
-    constexpr int kRows = static_cast<int>(BytesOfRun(kBits));
-    for (int64_t run = 0; run < runs; ++run) {
-      I bytes[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* at = codes + (run * kRows + r) * stride;
-        if (run * kRows + r < rows) {
-          bytes[r] = Row<kFull>(at, columns);
-          __builtin_prefetch(at + ahead);
-        } else {
-          bytes[r] = S::Zero();
-        }
-      }
-      if constexpr (kBits == 8) {
-        StorePanel(bytes, panel);
-        panel += 4 * kBytes;
-      } else if constexpr (8 % kBits == 0) {
-        constexpr int kPerByte = 8 / kBits;
-        I mixed[4];
-        S::Interleave(bytes, mixed);
-        for (int s = 0; s < kPerByte; ++s) {
-          for (int v = 0; v < 4; ++v) S::Store(panel + v * kBytes, S::template Field<kBits>(mixed[v], s * kBits));
-          panel += 4 * kBytes;
-        }
-      } else {
-        UnpackOdd<kBits>(bytes, panel);
-        panel += 8 * kBytes;
-      }
-    }
-  }
-
-  // Eight codes that run across the borders of bytes.
-  template <int kBits>
-  static void UnpackOdd(const I* bytes, uint8_t* panel) {
-    I quad[4];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const int byte = j * kBits / 8, shift = j * kBits % 8;
-      I code = S::FieldAt(bytes[byte], shift, kBits);
-      if (shift + kBits > 8) code = S::Or(code, S::HighPart(bytes[byte + 1], 8 - shift, kBits));
-      quad[j % 4] = code;
-      if (j % 4 == 3) StorePanel(quad, panel + (j / 4) * 4 * kBytes);
-    }
-  }
-
   // ---- products ------------------------------------------------------------------------------------------------------
 
   // Sums of `kRows` rows of `kDigits` digits against a panel, scaled and added to `sums` [kRows][sums_stride].
   template <int kRows, int kDigits>
-  static void Multiply(const QuantProblem& p, const uint8_t* panel, int64_t quads, const int8_t* x, int64_t block,
+  __attribute__((noinline)) static void Multiply(const QuantProblem& p, const uint8_t* panel, int64_t quads, const int8_t* x, int64_t block,
                        int64_t row, const float* scales, const float* offsets, float* sums, int64_t sums_stride) {
     constexpr int kAll = kRows * kDigits;
+    // Every loop over `total` is unrolled, or it would be kept in memory.
     I total[kAll][4];
+#pragma GCC unroll 8
     for (int r = 0; r < kAll; ++r) {
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) total[r][v] = S::Zero();
     }
     for (int64_t q = 0; q < quads; ++q) {
@@ -282,27 +219,16 @@ struct Quant {
   // ---- a range of columns ------------------------------------------------------------------------------------------------
 
   template <int kBits>
-  static void UnpackPanel(const QuantProblem& p, int64_t first_byte, int64_t runs, int64_t column, int64_t columns,
-                          int64_t ahead, uint8_t* panel) {
-    const int64_t rows = (p.in * kBits + 7) / 8 - first_byte;
-    const uint8_t* codes = p.codes + first_byte * p.out + column;
-    if (columns == kBytes) {
-      Unpack<kBits, true>(codes, p.out, rows, runs, columns, ahead, panel);
-    } else {
-      Unpack<kBits, false>(codes, p.out, rows, runs, columns, ahead, panel);
-    }
-  }
-
-  template <int kBits>
   static void ColumnsOf(const QuantProblem& p, int64_t begin, int64_t end) {
     alignas(64) uint8_t panel[kMaxBlock * kBytes];
     alignas(64) float sums[kTileFloats];
     alignas(64) float scales[kBytes], offsets[kBytes];
     constexpr int64_t kRun = RunOf(kBits);
+    const int64_t bytes = (p.in * kBits + 7) / 8;  // of a column
     for (int64_t row = 0; row < p.rows; row += kMaxRows) {
       const int64_t rows = Min(kMaxRows, p.rows - row);
       // As wide as the sums allow: the bytes of a row of codes are then read in one go.
-      const int64_t width = kTileFloats / rows / kColumnTile * kColumnTile;
+      const int64_t width = kTileFloats / rows / kBytes * kBytes;
       for (int64_t left = begin; left < end; left += width) {
         const int64_t right = Min(end, left + width), tile = RoundUp(right - left, kBytes);
         std::memset(sums, 0, static_cast<size_t>(rows * tile) * 4);
@@ -315,7 +241,8 @@ struct Quant {
             const int64_t columns = Min(kBytes, right - column);
             // The next panel of the row of panels, or the first one of the next row.
             const int64_t ahead = column + kBytes < right ? kBytes : left - column + size * kBits / 8 * p.out;
-            UnpackPanel<kBits>(p, first_byte, runs, column, columns, ahead, panel);
+            UnpackColumns<S, kBits, true>(p.codes + first_byte * p.out + column, p.out, bytes - first_byte, runs,
+                                          columns, ahead, panel);
             GroupScales(p, group, column, columns, scales, offsets);
             const int8_t* x = p.digit_rows + row * p.digits * p.padded + at;
             float* to = sums + column - left;

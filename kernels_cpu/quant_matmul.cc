@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "threads.h"
+#include "variants.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -12,25 +13,17 @@ namespace ffi = xla::ffi;
 namespace effjax {
 namespace {
 
-// Values of the attribute `variant`; the names are in quant_matmul.py.
-enum Variant : int64_t { kAuto = 0, kPortableVariant = 1, kAvx2Variant = 2, kAvx512Variant = 3, kI8mmVariant = 4 };
-
-bool HasAvx512() {
-  return HasFeature("avx512f") && HasFeature("avx512bw") && HasFeature("avx512vl") && HasFeature("avx512vnni");
-}
-bool HasAvx2() { return HasFeature("avx2") && HasFeature("fma") && HasFeature("f16c"); }
-
 // Null when the variant is unknown, was not built, or this processor cannot run it.
 const QuantKernel* Choose(int64_t variant) {
   const QuantKernel* avx512 = HasAvx512() ? kQuantAvx512 : nullptr;
   const QuantKernel* avx2 = HasAvx2() ? kQuantAvx2 : nullptr;
-  const QuantKernel* i8mm = HasFeature("i8mm") ? kQuantI8mm : nullptr;
+  const QuantKernel* i8mm = HasI8mm() ? kQuantI8mm : nullptr;
   switch (variant) {
     case kAuto: return avx512 ? avx512 : avx2 ? avx2 : i8mm ? i8mm : kQuantPortable;
-    case kPortableVariant: return kQuantPortable;
-    case kAvx2Variant: return avx2;
-    case kAvx512Variant: return avx512;
-    case kI8mmVariant: return i8mm;
+    case kPortable: return kQuantPortable;
+    case kAvx2: return avx2;
+    case kAvx512: return avx512;
+    case kI8mm: return i8mm;
     default: return nullptr;
   }
 }
@@ -116,24 +109,12 @@ ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
                       "quant_matmul: variant " + std::to_string(variant) + " does not run on this processor");
   }
   const float* input = x.typed_data();
-  if (p.rows * p.in < 32768) {  // less than it takes to wake a thread
+  if (p.rows * p.in < kWorthAThread) {
     for (int64_t row = 0; row < p.rows; ++row) kernel->digits(p, input, row);
   } else {
     ParallelFor(pool, p.rows, [&](int64_t row) { kernel->digits(p, input, row); });
   }
-  // About four parts a thread, so that none waits long for another; small products stay on this thread.
-  const int64_t tiles = (p.out + kColumnTile - 1) / kColumnTile;
-  const int64_t threads = p.rows * p.in * p.out < (int64_t{1} << 18) ? 1 : ThreadLimit(pool);
-  const int64_t each = (tiles + 4 * threads - 1) / (4 * threads), parts = (tiles + each - 1) / each;
-  auto part = [&](int64_t i) {
-    const int64_t begin = i * each * kColumnTile, end = begin + each * kColumnTile;
-    kernel->columns(p, begin, end < p.out ? end : p.out);
-  };
-  if (threads == 1) {
-    for (int64_t i = 0; i < parts; ++i) part(i);
-  } else {
-    ParallelFor(pool, parts, part);
-  }
+  ParallelColumns(pool, p.rows * p.in, p.out, [&](int64_t begin, int64_t end) { kernel->columns(p, begin, end); });
   return ffi::Error::Success();
 }
 

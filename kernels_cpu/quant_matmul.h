@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "unpack.h"
+
 namespace effjax {
 
 enum ScaleType : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
@@ -34,16 +36,12 @@ struct QuantProblem {
   float* y;             // [rows, out]
 };
 
-// Inputs whose codes fill whole bytes and are taken together: four bytes of a column, or eight codes of an odd width.
-inline constexpr int64_t RunOf(int bits) { return 8 % bits == 0 ? 32 / bits : 8; }
-inline constexpr int64_t BytesOfRun(int bits) { return 8 % bits == 0 ? 4 : bits; }
 inline constexpr int64_t kMaxBlock = 256;
-inline constexpr int64_t kColumnTile = 64;  // a multiple of the columns of every variant
 
 struct QuantKernel {
   // Digits of row `row` of `x`, `[rows, in]`.
   void (*digits)(const QuantProblem&, const float* x, int64_t row);
-  // Columns [begin, end) of y; `begin` is a multiple of kColumnTile.
+  // Columns [begin, end) of y; `begin` is a multiple of 64.
   void (*columns)(const QuantProblem&, int64_t begin, int64_t end);
 };
 

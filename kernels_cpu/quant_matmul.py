@@ -8,17 +8,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernels_cpu._native import NATIVE
+from kernels_cpu import variants
 
 if TYPE_CHECKING:
     from effjax.arrays.quantized import Quantized
 
-# Values of the attribute `variant` in quant_matmul.cc, and the features of the processor that each one needs.
-VARIANTS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "i8mm": 4}
-FEATURES = {
-    "avx2": ("avx2", "fma", "f16c"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
-    "i8mm": ("i8mm",),
-}
 MAX_BLOCK = 256  # inputs that share the scale of an activation: kMaxBlock in quant_matmul.h
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -43,19 +37,19 @@ def why_not(w: "Quantized") -> str:
 
 
 def quant_matmul(
-    x: Float[Array, "*batch in"], w: "Quantized", *, digits: int = 3, variant: str = "auto"
+    x: Float[Array, "*batch in"], w: "Quantized", *, activation_bits: int = 24, variant: str = "auto"
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a quantized matrix `[in, out]` of 1 to 8 bits.
 
-    Activations become fixed-point numbers of `digits` signed bytes with one scale for at most 256 inputs, and their
+    Activations become fixed-point numbers of one to three signed bytes with one scale for at most 256 inputs, and their
     products with the codes are summed exactly in integers.
 
     Args:
         x: floating `[*batch, in]`; computed in float32.
         w: groups of whole runs of codes (see `why_not`), or one group.
-        digits: 3 holds 24 bits of the largest activation of a block, as float32 does; 2 holds 16, more than bfloat16
-            has; 1 is dynamic int8 quantization of the activations, with an error of up to 1/254 of that activation.
-            A block with a NaN or an infinity makes the whole row NaN.
+        activation_bits: 24 bits of the largest activation of a block, as many as float32 has; or 16, more than bfloat16
+            has; or 8, the dynamic int8 quantization of activations, each off by up to 1/254 of the largest. A block
+            with a NaN or an infinity makes the whole row NaN.
         variant: "auto" takes the fastest that this processor runs; "portable", "avx2", "avx512" and "i8mm" name one.
             All give the same sums of integers.
 
@@ -64,7 +58,6 @@ def quant_matmul(
 
     Raises:
         ValueError: `w` cannot be taken, shapes do not fit, or the variant is unknown or does not run here.
-        RuntimeError: there is no native library.
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
@@ -72,10 +65,10 @@ def quant_matmul(
         >>> quant_matmul(jnp.ones((1, 8)), w).shape
         (1, 8)
     """
-    _check(x, w, digits, variant)
+    _check(x, w, activation_bits, variant)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     m, n = rows.shape
-    out = w.shape[-1]
+    out, digits = w.shape[-1], activation_bits // 8
     # An empty array stands for the zero point of a symmetric grid.
     zeros = jnp.zeros((0, out), jnp.uint8) if w.zeros is None else w.zeros
     results = (
@@ -90,7 +83,7 @@ def quant_matmul(
         zeros,
         bits=np.int64(w.bits),
         digits=np.int64(digits),
-        variant=np.int64(VARIANTS[variant]),
+        variant=np.int64(variants.VARIANTS[variant]),
     )
     return y.reshape(*x.shape[:-1], out)
 
@@ -110,18 +103,14 @@ def _run(bits: int) -> int:
     return 32 // bits if 8 % bits == 0 else 8
 
 
-def _check(x: jax.Array, w: "Quantized", digits: int, variant: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"quant_matmul: unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    if digits not in (1, 2, 3):
-        raise ValueError(f"quant_matmul: digits must be 1, 2 or 3, found {digits!r}")
+def _check(x: jax.Array, w: "Quantized", activation_bits: int, variant: str) -> None:
+    if activation_bits not in (8, 16, 24):
+        raise ValueError(f"quant_matmul: activation_bits must be 8, 16 or 24, found {activation_bits!r}")
     if x.shape[-1] != w.shape[-2]:
         raise ValueError(f"quant_matmul: x {list(x.shape)} does not fit a matrix of {list(w.shape)}")
     reason = why_not(w)
     if reason:
         raise ValueError(f"quant_matmul: {reason}")
-    if NATIVE.load() is None:
-        raise RuntimeError(f"quant_matmul needs the native library: {NATIVE.why_not()}")
-    missing = [name for name in FEATURES.get(variant, ()) if name not in NATIVE.features()]
-    if missing:
-        raise ValueError(f"quant_matmul: variant {variant!r} needs {', '.join(missing)}, which this processor lacks")
+    reason = variants.why_not("quant_matmul", variant)
+    if reason:
+        raise ValueError(reason)

@@ -1,84 +1,9 @@
 // `quant_matmul` in plain C++ over 16 bytes at a time, which compilers turn into SSE2 or NEON.
 #include "quant_kernel.h"
+#include "simd_portable.h"
 
 namespace effjax {
 namespace {
-
-struct Portable {
-  typedef uint8_t I __attribute__((vector_size(16)));
-  typedef float F __attribute__((vector_size(16)));
-  typedef int32_t Sums __attribute__((vector_size(16)));
-  using Weights = I;
-  struct Activations {
-    int32_t quad[4];
-  };
-  static constexpr int kBytes = 16;
-  static constexpr int kDigitRows = 3;
-
-  static I Zero() { return I{}; }
-  static I Load(const uint8_t* p) {
-    I x;
-    std::memcpy(&x, p, 16);
-    return x;
-  }
-  static void Store(uint8_t* p, I x) { std::memcpy(p, &x, 16); }
-  static I Or(I a, I b) { return a | b; }
-
-  template <int kBits>
-  static I Field(I x, int shift) {
-    return FieldAt(x, shift, kBits);
-  }
-  static I FieldAt(I x, int shift, int bits) { return (x >> shift) & static_cast<uint8_t>((1 << bits) - 1); }
-  static I HighPart(I x, int up, int bits) { return (x << up) & static_cast<uint8_t>((1 << bits) - 1); }
-
-  static void Interleave(const I (&r)[4], I (&q)[4]) {
-    for (int v = 0; v < 4; ++v) {
-      for (int lane = 0; lane < 4; ++lane) {
-        for (int k = 0; k < 4; ++k) q[v][4 * lane + k] = r[k][4 * v + lane];
-      }
-    }
-  }
-
-  static Weights LoadWeights(const uint8_t* p) { return Load(p); }
-  static Activations Broadcast(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static I Dot(I sum, Weights w, Activations x) {
-    Sums total = reinterpret_cast<Sums>(sum);
-    for (int lane = 0; lane < 4; ++lane) {
-      for (int k = 0; k < 4; ++k) total[lane] += static_cast<int32_t>(w[4 * lane + k]) * x.quad[k];
-    }
-    return reinterpret_cast<I>(total);
-  }
-
-  static F ToFloat(I x) { return __builtin_convertvector(reinterpret_cast<Sums>(x), F); }
-  static F Set(float x) { return F{x, x, x, x}; }
-  static F Mul(F a, F b) { return a * b; }
-  static F Fma(F a, F b, F c) { return a * b + c; }
-  static F LoadF(const float* p) {
-    F x;
-    std::memcpy(&x, p, 16);
-    return x;
-  }
-  static void StoreF(float* p, F x) { std::memcpy(p, &x, 16); }
-  static F LoadStrided(const float* p) { return LoadF(p); }
-  static void StoreStrided(float* p, F x) { StoreF(p, x); }
-
-  static void FromHalf(const uint16_t* p, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t half = p[i], sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-      uint32_t bits;
-      if (rest >= 0x7c00u) {
-        bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
-      } else if (rest >= 0x400u) {
-        bits = sign | ((rest << 13) + 0x38000000u);
-      } else {
-        const float subnormal = static_cast<float>(rest) * 0x1p-24f;
-        std::memcpy(&bits, &subnormal, 4);
-        bits |= sign;
-      }
-      std::memcpy(to + i, &bits, 4);
-    }
-  }
-};
 
 constexpr QuantKernel kKernel = {Quant<Portable>::Digits, Quant<Portable>::Columns};
 

@@ -65,4 +65,21 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t n, const Body& body) {
   }
 }
 
+inline constexpr int64_t kColumnTile = 64;         // a multiple of the columns that any variant takes at once
+inline constexpr int64_t kWorthAThread = 1 << 15;  // numbers to touch; fewer are done before a thread has woken
+
+// Runs `columns(begin, end)` over `out` columns, in parts that begin at whole tiles: about four a thread, so that none
+// waits long for another. `work` is what each column costs, in products.
+template <typename Columns>
+void ParallelColumns(xla::ffi::ThreadPool& pool, int64_t work, int64_t out, const Columns& columns) {
+  const int64_t tiles = (out + kColumnTile - 1) / kColumnTile;
+  const int64_t threads = work * out < 8 * kWorthAThread ? 1 : ThreadLimit(pool);
+  if (threads == 1) return columns(0, out);
+  const int64_t each = (tiles + 4 * threads - 1) / (4 * threads);
+  ParallelFor(pool, (tiles + each - 1) / each, [&](int64_t part) {
+    const int64_t begin = part * each * kColumnTile;
+    columns(begin, std::min(out, begin + each * kColumnTile));
+  });
+}
+
 }  // namespace effjax

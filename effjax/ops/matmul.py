@@ -1,5 +1,6 @@
 """`x @ W` and `x @ W.T` for a compressed matrix, differentiable, with the compressed leaf as the only residual."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -15,13 +16,14 @@ from effjax.arrays.low_rank import LowRank
 from effjax.arrays.permuted import Permuted
 from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sum import Sum
+from effjax.ops import dispatch
+from effjax.ops.dispatch import block_rows
 from effjax.ops.platform import platform_operation
 
-Implementation = Literal["reference", "blocked"]
-BLOCK_WEIGHTS = 2**15  # weights of a dense tile: 128 KiB in float32, well inside the second-level cache
+Implementation = Literal["reference", "blocked", "cpu"]
 
 
-@partial(jax.jit, static_argnames=("transpose", "precision", "out_dtype", "implementation"))
+@partial(jax.jit, static_argnames=("transpose", "precision", "out_dtype", "implementation", "activation_bits"))
 def matmul(
     x: Float[Array, "*batch in"],
     w: CompressedArray,
@@ -30,6 +32,7 @@ def matmul(
     precision: Any = None,
     out_dtype: Any = None,
     implementation: Implementation | None = None,
+    activation_bits: int | None = None,
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a compressed matrix without keeping a dense copy of it.
 
@@ -43,14 +46,18 @@ def matmul(
         precision: as in `jax.lax.dot_general`.
         out_dtype: dtype of the result; the promoted dtype of `x` and `w` where None. Accumulation is in float32.
         implementation: "reference" dequantises the matrix and multiplies; "blocked" does so tile by tile, so that no
-            dense copy exists at any time. None chooses: blocked on a single CPU device, where tiles stay in the cache,
-            else reference, which XLA can fuse and partition.
+            dense copy exists at any time; "cpu", "tpu" and "gpu" name kernels of `kernels_cpu` and `kernels_pallas`.
+            None chooses for the platform that the program is compiled for, see `effjax.ops.dispatch`; where it runs on
+            more than one device, reference, which XLA can partition.
+        activation_bits: 8 lets a kernel quantize the activations to int8 on the way, which is faster with many rows and
+            costs accuracy (`effjax.ops.quant_matmul`); None keeps those of the dtype of `x`. Implementations that
+            compute in floating point pay no heed to it.
 
     Returns:
         `[*batch, out]`, or `[*batch, in]` when `transpose`.
 
     Raises:
-        ValueError: "blocked" was asked for and the matrix cannot be cut into tiles of whole groups and bytes.
+        ValueError: a named implementation does not take these operands; the message says why.
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
@@ -59,8 +66,11 @@ def matmul(
         (1, 8)
     """
     out_dtype = jnp.result_type(x, w.dtype) if out_dtype is None else jnp.dtype(out_dtype)
+    if activation_bits not in (None, 8, 16, 24):
+        raise ValueError(f"matmul: activation_bits must be None, 8, 16 or 24, found {activation_bits!r}")
+    product = partial(matmul, precision=precision, activation_bits=activation_bits, transpose=transpose)
     if isinstance(w, Sum):
-        parts = [matmul(x, p, transpose=transpose, precision=precision, out_dtype=jnp.float32) for p in w.parts]
+        parts = [product(x, part, out_dtype=jnp.float32) for part in w.parts]
         return jnp.asarray(sum(parts)).astype(out_dtype)
     if isinstance(w, LowRank):
         first, second = (w.b.mT, w.a.mT) if transpose else (w.a, w.b)
@@ -70,51 +80,63 @@ def matmul(
     if isinstance(w, RowScaled | Permuted):
         # The inputs are brought to the stored rows before a product, or the results from them after a transposed one.
         if transpose:
-            y = matmul(x, w.array, transpose=True, precision=precision, out_dtype=jnp.float32)
+            y = product(x, w.array, out_dtype=jnp.float32, implementation=implementation)
             y = y * w.row_scales.astype(jnp.float32) if isinstance(w, RowScaled) else jnp.take(y, w.places, axis=-1)
             return y.astype(out_dtype)
         if isinstance(w, RowScaled):
             x = (x.astype(jnp.float32) * w.row_scales.astype(jnp.float32)).astype(x.dtype)
         else:
             x = jnp.take(x, w.order, axis=-1)
-        return matmul(x, w.array, precision=precision, out_dtype=out_dtype, implementation=implementation)
-    return _matmul(x, w, transpose, precision, out_dtype, implementation)
+        return product(x, w.array, out_dtype=out_dtype, implementation=implementation)
+    return _matmul(x, w, transpose, precision, out_dtype, implementation, activation_bits)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _matmul(
-    x: jax.Array, w: CompressedArray, transpose: bool, precision: Any, out_dtype: Any, implementation: str | None
+    x: jax.Array,
+    w: CompressedArray,
+    transpose: bool,
+    precision: Any,
+    out_dtype: Any,
+    implementation: str | None,
+    activation_bits: int | None,
 ) -> jax.Array:
-    rows = block_rows(w)
-    if implementation == "reference":
-        product = _reference(x, w, transpose=transpose, precision=precision)
-    elif implementation == "blocked":
-        if rows is None:
-            raise ValueError(f"{w} cannot be cut into tiles of whole groups and bytes; use implementation='reference'")
-        product = _blocked(x, w, rows=rows, transpose=transpose, precision=precision)
-    elif rows is None:
-        product = _reference(x, w, transpose=transpose, precision=precision)
-    else:
+    static = {"transpose": transpose, "precision": precision, "activation_bits": activation_bits}
+    if implementation is None:
         fields, treedef = jax.tree.flatten(w)
-        product = _tiled(x, *fields, treedef=treedef, rows=rows, transpose=transpose, precision=precision)
+        product = _chosen(x, *fields, treedef=treedef, **static)
+    else:
+        rows = math.prod(x.shape[:-1])
+        reason = dispatch.why_not(implementation, rows, x.dtype, w, transpose=transpose)
+        if reason:
+            raise ValueError(f"matmul: implementation={implementation!r} does not take this: {reason}")
+        product = _run(implementation, x, w, **static)
     return product.astype(out_dtype)
 
 
-def _forward(x: Any, w: Any, transpose: bool, precision: Any, out_dtype: Any, implementation: str | None) -> Any:
+def _forward(x: Any, w: Any, *static: Any) -> Any:
     trained = any(jax.tree.leaves(jax.tree.map(lambda p: p.perturbed, w, is_leaf=lambda p: hasattr(p, "perturbed"))))
     x, w = custom_vjp_primal_tree_values((x, w))
     # An empty slice stands for x where only its dtype is needed.
     saved = x if trained else jnp.zeros((0,), x.dtype)
-    return _matmul(x, w, transpose, precision, out_dtype, implementation), (saved, w)
+    return _matmul(x, w, *static), (saved, w)
 
 
 def _backward(
-    transpose: bool, precision: Any, out_dtype: Any, implementation: str | None, residuals: Any, g: Any
+    transpose: bool,
+    precision: Any,
+    out_dtype: Any,
+    implementation: str | None,
+    activation_bits: int | None,
+    residuals: Any,
+    g: Any,
 ) -> tuple[Any, Any]:
     x, w = residuals
     if isinstance(g, SymbolicZero):
         return None, None
-    dx = matmul(g, w, transpose=not transpose, precision=precision, out_dtype=x.dtype, implementation=implementation)
+    # The kernel named for the product may not do the transposed one, and gradients keep their bits.
+    name = implementation if implementation in ("reference", "blocked") else None
+    dx = matmul(g, w, transpose=not transpose, precision=precision, out_dtype=x.dtype, implementation=name)
     if x.shape == (0,):
         return dx, None
     batch = tuple(range(x.ndim - 1))
@@ -216,34 +238,49 @@ def _contract(x: jax.Array, dense: jax.Array, axis: int, precision: Any) -> jax.
     )
 
 
-def _tiled_shape(x: Any, *fields: Any, treedef: Any, transpose: bool, **_: Any) -> tuple[tuple[int, ...], Any]:
+def _run(
+    name: str,
+    x: jax.Array,
+    w: CompressedArray,
+    *,
+    transpose: bool,
+    precision: Any,
+    activation_bits: int | None,
+) -> jax.Array:
+    """One implementation; accumulated in float32."""
+    if name == "reference":
+        return _reference(x, w, transpose=transpose, precision=precision)
+    if name == "blocked":
+        rows = block_rows(w)
+        assert rows is not None  # dispatch.why_not has asked
+        return _blocked(x, w, rows=rows, transpose=transpose, precision=precision)
+    kernel = dispatch.kernel(name, w)
+    assert kernel is not None
+    return kernel(x, w, transpose=transpose, activation_bits=activation_bits)
+
+
+def _chosen_shape(x: Any, *fields: Any, treedef: Any, transpose: bool, **_: Any) -> tuple[tuple[int, ...], Any]:
     w = treedef.unflatten(fields)
     return (*x.shape[:-1], w.shape[-2 if transpose else -1]), _accumulator(x, w)
 
 
-def _tiled_on_cpu(x: jax.Array, *fields: jax.Array, treedef: Any, **static: Any) -> jax.Array:
-    return _blocked(x, treedef.unflatten(fields), **static)
+def _chosen_on(platform: str) -> Callable[..., jax.Array]:
+    def run(x: jax.Array, *fields: jax.Array, treedef: Any, transpose: bool, **static: Any) -> jax.Array:
+        w = treedef.unflatten(fields)
+        name = dispatch.choose(platform, math.prod(x.shape[:-1]), x.dtype, w, transpose=transpose)
+        return _run(name, x, w, transpose=transpose, **static).astype(_accumulator(x, w))
+
+    return run
 
 
-def _tiled_elsewhere(x: jax.Array, *fields: jax.Array, treedef: Any, rows: int, **static: Any) -> jax.Array:
-    return _reference(x, treedef.unflatten(fields), **static)
+def _partitioned(x: jax.Array, *fields: jax.Array, treedef: Any, **static: Any) -> jax.Array:
+    return _run("reference", x, treedef.unflatten(fields), **static).astype(_accumulator(x, treedef.unflatten(fields)))
 
 
-_tiled = platform_operation(
+_chosen = platform_operation(
     "compressed_matmul",
-    _tiled_shape,
-    default=_tiled_elsewhere,
-    one_device={"cpu": _tiled_on_cpu},
-    static_argnames=("treedef", "rows", "transpose", "precision"),
+    _chosen_shape,
+    default=_partitioned,
+    one_device={platform: _chosen_on(platform) for platform in dispatch.PLATFORMS},
+    static_argnames=("treedef", "transpose", "precision", "activation_bits"),
 )
-
-
-def block_rows(w: CompressedArray) -> int | None:
-    """Inputs a tile: the most that divide the matrix and keep a tile within `BLOCK_WEIGHTS`, or None for no tiling."""
-    n, out = w.shape
-    multiple = w.row_multiple
-    if n % multiple or n == multiple:
-        return None
-    units = n // multiple
-    fitting = [k for k in range(1, units) if units % k == 0 and k * multiple * out <= BLOCK_WEIGHTS]
-    return multiple * max(fitting, default=1)

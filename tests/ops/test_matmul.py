@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import effjax as ej
 from effjax.ops import matmul
-from effjax.ops.matmul import block_rows
+from effjax.ops.dispatch import block_rows
 from tests.lift.kinds import KINDS, assert_close, compress
 
 

@@ -1,0 +1,51 @@
+"""The implementations of a product with a compressed matrix, and the rule that chooses one: never slower than dense."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+import kernels_cpu
+from effjax.arrays.quantized import Quantized
+from kernels_cpu import quant_matmul
+
+
+class Kernel(Protocol):
+    """A hand-written product for one type of leaf on one platform."""
+
+    def why_not(self, rows: int, x_dtype: Any, w: Any, *, transpose: bool) -> str:
+        """Why it does not take these operands, in one sentence; empty where it does. Works on abstract arrays."""
+        ...
+
+    def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
+        """`x @ w` or `x @ w.T`, accumulated in float32, from `x` of `[*batch, in]`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuKernel:
+    """A kernel of `kernels_cpu`: integer products of fixed-point activations, or float32 ones."""
+
+    reason: Callable[[Any], str]
+    product: Callable[..., jax.Array]
+
+    def why_not(self, rows: int, x_dtype: Any, w: Any, *, transpose: bool) -> str:
+        del rows
+        if not kernels_cpu.available():
+            return f"there is no native library: {kernels_cpu.why_not()}"
+        if transpose:
+            return "the native kernel multiplies by W, not by its transpose"
+        if x_dtype.name not in ("float32", "bfloat16", "float16"):
+            return f"the native kernel computes in float32, and x is {x_dtype.name}"
+        return self.reason(w)
+
+    def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
+        del transpose
+        bits = activation_bits or (24 if x.dtype.itemsize == 4 else 16)
+        return self.product(x, w, activation_bits=bits)
+
+
+KERNELS: dict[str, dict[type, Kernel]] = {
+    "cpu": {Quantized: CpuKernel(quant_matmul.why_not, quant_matmul.quant_matmul)},
+}

@@ -1,0 +1,248 @@
+// The kernel of `codebook_matmul` over the vectors `S` of an instruction set; included once by the file of each.
+#pragma once
+
+#include <cstring>
+
+#include "codebook_matmul.h"
+#include "unpack.h"
+
+namespace effjax {
+
+template <class S>
+struct Lookup {
+  using I = typename S::I;
+  using F = typename S::F;
+  static constexpr int kBytes = S::kBytes;   // columns that are turned together
+  static constexpr int kLanes = kBytes / 4;  // inputs of a vector of weights
+  static constexpr int64_t kRowsAtOnce = 64;
+  static constexpr int kTileColumns = S::kTileColumns, kTileRows = S::kTileRows;
+
+  // ---- activations: [chunks][fields][lanes] ----------------------------------------------------------------------
+
+  static void Order(const CodebookProblem& p, const float* x, int64_t row) {
+    const int64_t fields = FieldsOf(p.bits);
+    const float* from = x + row * p.in;
+    float* to = p.ordered + row * p.chunks * fields * kLanes;
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+      for (int64_t k = 0; k < fields; ++k) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int64_t i = (chunk * kLanes + lane) * fields + k;
+          *to++ = i < p.in ? from[i] : 0.0f;
+        }
+      }
+    }
+  }
+
+  // ---- codes: [kBytes columns][kLanes words of 32 bits] ----------------------------------------------------------
+
+  template <int kBits>
+  static void Turn(const CodebookProblem& p, int64_t chunk, int64_t column, int64_t columns, int64_t ahead,
+                   uint8_t* words) {
+    constexpr int64_t kRows = BytesOfRun(kBits), kWords = 8 % kBits == 0 ? 1 : 2;  // of a run
+    constexpr int64_t kRuns = kLanes / kWords;
+    alignas(64) uint8_t rows[kLanes * 4 * kBytes];  // [words][4 vectors][kLanes columns][32 bits]
+    const int64_t first = chunk * kRuns * kRows, there = (p.in * kBits + 7) / 8 - first;
+    const uint8_t* codes = p.codes + first * p.out + column;
+    UnpackColumns<S, kBits, false>(codes, p.out, there, kRuns, columns, ahead, rows);
+    for (int v = 0; v < 4; ++v) {
+      I vectors[kLanes];
+#pragma GCC unroll 16
+      for (int word = 0; word < kLanes; ++word) vectors[word] = S::Load(rows + (word * 4 + v) * kBytes);
+      S::Transpose(vectors);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        S::Store(words + (16 * (lane / 4) + 4 * v + lane % 4) * kBytes, vectors[lane]);
+      }
+    }
+  }
+
+  // ---- one row: weights are used as they are looked up -----------------------------------------------------------
+
+  template <int kBits>
+  static void OneRow(const CodebookProblem& p, int64_t begin, int64_t end) {
+    constexpr int64_t kFields = FieldsOf(kBits);
+    constexpr int64_t kWide = 8 * kBytes;  // columns of a pass: the bytes of a row of codes are read in one go
+    alignas(64) uint8_t words[kBytes * kBytes];
+    alignas(64) float scales[kBytes * kLanes];
+    alignas(64) float sums[kWide * kLanes];
+    for (int64_t left = begin; left < end; left += kWide) {
+      const int64_t right = Min(end, left + kWide);
+      std::memset(sums, 0, sizeof(sums));
+      for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+        const float* x = p.ordered + chunk * kFields * kLanes;
+        for (int64_t column = left; column < right; column += kBytes) {
+          const int64_t columns = Min(kBytes, right - column);
+          const int64_t bytes = kLanes * kFields * kBits / 8;
+          Turn<kBits>(p, chunk, column, columns, column + kBytes < right ? kBytes : left - column + bytes * p.out, words);
+          if (p.scales != nullptr) Scales(p, chunk * kLanes * kFields, kFields, column, columns, scales);
+          for (int64_t c = 0; c < columns; ++c) {
+            const typename S::template Table<kBits> table(TableOf(p, chunk * kLanes * kFields, column + c), p.entries);
+            const I codes = S::Load(words + c * kBytes);
+            float* to = sums + (column + c - left) * kLanes;
+            F a = S::Set(0.0f), b = S::Set(0.0f);
+#pragma GCC unroll 32
+            for (int k = 0; k < kFields; k += 2) {
+              a = S::Fma(table.At(codes, k), S::LoadF(x + k * kLanes), a);
+              b = S::Fma(table.At(codes, k + 1), S::LoadF(x + (k + 1) * kLanes), b);
+            }
+            a = S::Add(a, b);
+            const F sum = S::LoadF(to);
+            S::StoreF(to, p.scales == nullptr ? S::Add(a, sum) : S::Fma(a, S::LoadF(scales + c * kLanes), sum));
+          }
+        }
+      }
+      for (int64_t c = 0; c < right - left; ++c) p.y[left + c] = Total(sums + c * kLanes);
+    }
+  }
+
+  // ---- more rows: weights are looked up once for many ------------------------------------------------------------
+
+  template <int kBits>
+  static void ManyRows(const CodebookProblem& p, int64_t begin, int64_t end) {
+    constexpr int64_t kFields = FieldsOf(kBits);
+    alignas(64) uint8_t words[kBytes * kBytes];
+    alignas(64) float scales[kBytes * kLanes];
+    alignas(64) float weights[kBytes * kFields * kLanes];
+    // The sums of a block of rows and columns, a vector each: 16 columns at a time stay in the second-level cache.
+    constexpr int64_t kColumns = 16;
+    alignas(64) static thread_local float sums[kRowsAtOnce * kBytes * kLanes];
+    const int64_t stride = p.chunks * kFields * kLanes;
+    for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
+      const int64_t rows = Min(kRowsAtOnce, p.rows - row);
+      for (int64_t column = begin; column < end; column += kBytes) {
+        const int64_t columns = Min(kBytes, end - column);
+        std::memset(sums, 0, static_cast<size_t>(rows * kBytes * kLanes) * 4);
+        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+          const int64_t bytes = kLanes * kFields * kBits / 8;
+          Turn<kBits>(p, chunk, column, columns, bytes * p.out, words);
+          if (p.scales != nullptr) Scales(p, chunk * kLanes * kFields, kFields, column, columns, scales);
+          Decode<kBits>(p, chunk * kLanes * kFields, column, columns, words, scales, weights);
+          const float* x = p.ordered + row * stride + chunk * kFields * kLanes;
+          for (int64_t c = 0; c < columns; c += kColumns) {
+            Tiles<kFields>(weights + c * kFields * kLanes, Min(kColumns, RoundUp(columns - c, kTileColumns)), x, stride,
+                           rows, sums + c * rows * kLanes);
+          }
+        }
+        for (int64_t c = 0; c < columns; ++c) {
+          for (int64_t m = 0; m < rows; ++m) {
+            p.y[(row + m) * p.out + column + c] = Total(sums + (c * rows + m) * kLanes);
+          }
+        }
+      }
+    }
+  }
+
+  template <int kBits>
+  static void Decode(const CodebookProblem& p, int64_t first, int64_t column, int64_t columns, const uint8_t* words,
+                     const float* scales, float* weights) {
+    constexpr int64_t kFields = FieldsOf(kBits);
+    for (int64_t c = 0; c < RoundUp(columns, kTileColumns); ++c) {
+      float* to = weights + c * kFields * kLanes;
+      if (c >= columns) {
+        std::memset(to, 0, sizeof(float) * kFields * kLanes);
+        continue;
+      }
+      const typename S::template Table<kBits> table(TableOf(p, first, column + c), p.entries);
+      const I codes = S::Load(words + c * kBytes);
+#pragma GCC unroll 32
+      for (int k = 0; k < kFields; ++k) {
+        F value = table.At(codes, k);
+        if (p.scales != nullptr) value = S::Mul(value, S::LoadF(scales + c * kLanes));
+        S::StoreF(to + k * kLanes, value);
+      }
+    }
+  }
+
+  // sums[c][m] += sum_k weights[c][k] * x[m][k], a vector of partial sums each.
+  template <int64_t kFields>
+  static void Tiles(const float* weights, int64_t columns, const float* x, int64_t stride, int64_t rows, float* sums) {
+    for (int64_t c = 0; c < columns; c += kTileColumns) {
+      const float* w = weights + c * kFields * kLanes;
+      float* to = sums + c * rows * kLanes;
+      int64_t m = 0;
+      for (; m + kTileRows <= rows; m += kTileRows) {
+        Tile<kFields, kTileRows>(w, x + m * stride, stride, rows, to + m * kLanes);
+      }
+      if constexpr (kTileRows > 4) {
+        for (; m + 4 <= rows; m += 4) Tile<kFields, 4>(w, x + m * stride, stride, rows, to + m * kLanes);
+      }
+      for (; m < rows; ++m) Tile<kFields, 1>(w, x + m * stride, stride, rows, to + m * kLanes);
+    }
+  }
+
+  template <int64_t kFields, int kRows>
+  __attribute__((noinline)) static void Tile(const float* w, const float* x, int64_t stride, int64_t rows,
+                                             float* sums) {
+    F total[kTileColumns][kRows];
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileColumns; ++c) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) total[c][m] = S::LoadF(sums + (c * rows + m) * kLanes);
+    }
+    for (int64_t k = 0; k < kFields; ++k) {
+      F weights[kTileColumns];
+#pragma GCC unroll 8
+      for (int c = 0; c < kTileColumns; ++c) weights[c] = S::LoadF(w + (c * kFields + k) * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const F a = S::LoadF(x + m * stride + k * kLanes);
+#pragma GCC unroll 8
+        for (int c = 0; c < kTileColumns; ++c) total[c][m] = S::Fma(weights[c], a, total[c][m]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileColumns; ++c) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) S::StoreF(sums + (c * rows + m) * kLanes, total[c][m]);
+    }
+  }
+
+  // ---- tables and scales -----------------------------------------------------------------------------------------
+
+  static const float* TableOf(const CodebookProblem& p, int64_t input, int64_t column) {
+    return p.tables + (input / p.table_inputs * p.out_groups + column / p.table_outputs) * p.entries;
+  }
+
+  // The scale of every word of a chunk, column by column.
+  static void Scales(const CodebookProblem& p, int64_t first, int64_t fields, int64_t column, int64_t columns,
+                     float* scales) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t input = Min(first + lane * fields, p.in - 1);  // beyond the inputs x is zero
+      const float* from = p.scales + input / p.group_size * p.out + column;
+      for (int64_t c = 0; c < columns; ++c) scales[c * kLanes + lane] = from[c];
+    }
+  }
+
+  static float Total(const float* lanes) {
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += lanes[i];
+    return total;
+  }
+
+  template <int kBits>
+  static void ColumnsOf(const CodebookProblem& p, int64_t begin, int64_t end) {
+    if (p.rows == 1) {
+      OneRow<kBits>(p, begin, end);
+    } else {
+      ManyRows<kBits>(p, begin, end);
+    }
+  }
+
+  static void Columns(const CodebookProblem& p, int64_t begin, int64_t end) {
+    switch (p.bits) {
+      case 1: return ColumnsOf<1>(p, begin, end);
+      case 2: return ColumnsOf<2>(p, begin, end);
+      case 3: return ColumnsOf<3>(p, begin, end);
+      case 4: return ColumnsOf<4>(p, begin, end);
+      case 5: return ColumnsOf<5>(p, begin, end);
+      case 6: return ColumnsOf<6>(p, begin, end);
+      case 7: return ColumnsOf<7>(p, begin, end);
+      case 8: return ColumnsOf<8>(p, begin, end);
+    }
+  }
+
+  static int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+};
+
+}  // namespace effjax
