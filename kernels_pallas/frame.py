@@ -120,7 +120,7 @@ def multiply(x: jax.Array, w: Weights, tile: Tile, *, transpose: bool, interpret
                 out_ref[...] += dot(x_ref[s], dense, 1 if w.turned else 0)
             return carry
 
-        lax.fori_loop(0, tile.spans, step, None, unroll=unroll(tile))
+        lax.fori_loop(0, tile.spans, step, None, unroll=1 if interpret else unroll(tile))
 
     y = pl.pallas_call(
         kernel,

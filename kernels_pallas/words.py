@@ -52,14 +52,14 @@ class Stream:
             value = value | lax.shift_left(words[word + 1], jnp.int32(32 - shift))
         return value if shift + self.bits == 32 else value & jnp.int32(2**self.bits - 1)
 
-    def pair(self, words: list[Int32[Array, "periods out"]], code: int) -> Int32[Array, "periods out"]:
-        """Codes `code` (low half) and `code + period_codes / 2` (high half) of every period in one word."""
-        mask = 2**self.bits - 1
+    def pair(self, words: list[Int32[Array, "periods out"]], code: int, at: int = 0) -> Int32[Array, "periods out"]:
+        """Codes `code` and `code + period_codes / 2` of every period, at bit `at` of a word's low and high half."""
+        mask = (2**self.bits - 1) << at
         first = code * self.bits
         second = first + 16 * self.period_words
         if self.period_words == 1:  # the second lies 16 bits after the first as it is
-            return lax.shift_right_logical(words[0], jnp.int32(first)) & jnp.int32(mask | mask << 16)
-        return self._at(words, first, 0) | self._at(words, second, 16)
+            return _shifted(words[0], at - first) & jnp.int32(mask | mask << 16)
+        return self._at(words, first, at) | self._at(words, second, 16 + at)
 
     def _at(self, words: list[jax.Array], start: int, target: int) -> jax.Array:
         """The code that begins at bit `start`, moved to bit `target` of a word that is zero otherwise."""

@@ -1,8 +1,8 @@
 """`x @ W` and `x @ W.T` on a TPU for a quantized matrix, unpacked in the registers of the vector unit.
 
 Codes cross the memory packed. Words are cut into planes of codes (`kernels_pallas.words`), so nothing is interleaved,
-and two codes share a word's halves: with the exponent of 128 set above it, a code of up to 7 bits is the bfloat16
-number `128 + code` without any conversion. What is added so is taken off the products again, with the zero point.
+and two codes share a word's halves: as the first bits of a mantissa under the exponent of `2**bits`, a code of up to 7
+bits is the bfloat16 number `2**bits + code` without any conversion. What is added so is taken off the products again.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ def _products(x: jax.Array, w: Quantized, tables: list[jax.Array], tile: Tile, i
     spans = to_planes(inner, tile.span, *_order(w, tile))
     operands = _operands(w, tables, tile)
     y = pl.pallas_call(
-        functools.partial(_products_kernel, w=_facts(w), tile=tile),
+        functools.partial(_products_kernel, w=_facts(w), tile=tile, side_by_side=1 if interpret else unroll(tile)),
         grid=(inner.shape[0] // tile.rows, pl.cdiv(out, tile.out), spans.shape[0] // tile.spans),
         in_specs=[
             pl.BlockSpec((tile.spans, tile.rows, tile.span), lambda i, j, k: (k, i, 0)),
@@ -205,10 +205,10 @@ def _facts(w: Quantized) -> _Facts:
     return _Facts(w.bits, 0 if w.scales.shape[-2] == 1 else w.group_size, w.zeros is not None)
 
 
-def _products_kernel(x_ref: Any, *refs: Any, w: _Facts, tile: Tile) -> None:
+def _products_kernel(x_ref: Any, *refs: Any, w: _Facts, tile: Tile, side_by_side: int) -> None:
     count = 3 if w.zeros else 2
     stored, out_ref, scratch = refs[:count], refs[count], refs[count + 1 :]
-    base = -128.0 if w.bits == 8 else 128.0
+    base = -128.0 if w.bits == 8 else float(2**w.bits)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -235,7 +235,7 @@ def _products_kernel(x_ref: Any, *refs: Any, w: _Facts, tile: Tile) -> None:
         out_ref[...] = result
         return carry
 
-    lax.fori_loop(0, tile.spans, step, None, unroll=unroll(tile))
+    lax.fori_loop(0, tile.spans, step, None, unroll=side_by_side)
 
 
 def _start(stored: Any, scratch: Any, base: float) -> None:
@@ -290,14 +290,16 @@ def _words(codes_ref: Any, scratch: Any, s: Any, bits: int, tile: Tile) -> list[
 
 
 def _bfloat16_codes(codes_ref: Any, scratch: Any, s: Any, w: _Facts, tile: Tile) -> jax.Array:
-    """`code + 128` (`code - 128` for 8 bits) of a span, bfloat16 `[span, out]` in the order of `_order`."""
+    """`code + 2**bits` (`code - 128` for 8 bits) of a span, bfloat16 `[span, out]` in the order of `_order`."""
     if w.bits == 8:
         packed = _packed(codes_ref, s, tile.span // 4)
         signed = pltpu.bitcast(packed ^ jnp.int32(-0x7F7F7F80), jnp.int8)  # the sign bit of each byte flipped
         return signed.astype(jnp.bfloat16)
     stream = Stream(w.bits)
     read = _words(codes_ref, scratch, s, w.bits, tile)
-    pairs = [stream.pair(read, code) | jnp.int32(0x43004300) for code in range(stream.period_codes // 2)]
+    exponent = (127 + w.bits) << 7
+    pairs = [stream.pair(read, code, 7 - w.bits) for code in range(stream.period_codes // 2)]
+    pairs = [pair | jnp.int32(exponent | exponent << 16) for pair in pairs]
     return jnp.concatenate([pltpu.bitcast(pair, jnp.bfloat16) for pair in pairs])
 
 
