@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, LayerCache, close_layers, init_cache, open_layers, write_layer
+from effjax.models.attention import attend, attend_to_slots
 from effjax.models.config import DecoderConfig
 from effjax.models.rope import rotary_angles, rotate
 from effjax.sequential import Stage
@@ -101,62 +102,22 @@ class Attention(nn.Module):
                 cache.positions[layer],
             )
 
-        query_at, slot_at = positions[:, None, :, None], slot_positions[:, :, None, :]
-        seen = (slot_at >= 0) & (slot_at <= query_at)
-        if c.sliding_window is not None:
-            seen = seen & (query_at - slot_at < c.sliding_window)
-        if cache is not None and length == 1:
-            y, received = _attend_once(q[:, 0], k, v, seen[:, :, 0])
-            y, received = y[:, None], jnp.where(lengths[:, None, None] > 0, received, 0.0)
-        else:
-            y, weights = _attend(q, k, v, seen)
-            if cache is not None:  # what padding attends to does not count
-                asked = jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]
-                received = jnp.einsum(
-                    "bhgts,bt->bhs", jnp.where(seen[:, :, None], weights, 0.0), asked.astype(jnp.float32)
-                )
+        def seen(positions: Int[Array, "batch queries"]) -> Bool[Array, "batch kv_heads queries slots"]:
+            query_at, slot_at = positions[:, None, :, None], slot_positions[:, :, None, :]
+            found = (slot_at >= 0) & (slot_at <= query_at)
+            return found if c.sliding_window is None else found & (query_at - slot_at < c.sliding_window)
+
+        if cache is None:
+            y, received = attend(q, k, v, seen(positions)), None
+        else:  # what padding attends to does not count
+            asked = (jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]).astype(jnp.float32)
+            y, received = attend_to_slots(q, k, v, seen, positions, asked)
         if isinstance(cache, LayerCache):
             cache = dataclasses.replace(cache, received=received)
         elif cache is not None:
             cache = cache.replace(scores=cache.scores.at[layer].add(received))
         y = y.reshape(batch, length, c.num_attention_heads * c.head_dim)
         return Linear(c.hidden_size, c.o_bias, c.param_dtype, name="o_proj")(y), cache
-
-
-def _attend(
-    q: Float[Array, "batch length kv_heads group head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"],
-    seen: Bool[Array, "batch kv_heads length slots"],
-) -> tuple[Float[Array, "batch length kv_heads group head_dim"], Float[Array, "batch kv_heads group length slots"]]:
-    """Softmax attention of many queries, and its weights in float32."""
-    # Queries and outputs are turned by hand, tokens innermost but one, so that XLA's CPU compiler does not turn the
-    # scores, which are `length / head_dim` times as large, for its matrix products.
-    scale = q.shape[-1] ** -0.5
-    logits = jnp.einsum("bhgtd,bhsd->bhgts", q.transpose(0, 2, 3, 1, 4), k, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(v.dtype), v).transpose(0, 3, 1, 2, 4), weights
-
-
-def _attend_once(
-    q: Float[Array, "batch kv_heads group head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"],
-    seen: Bool[Array, "batch kv_heads slots"],
-) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
-    """Softmax attention of one query a row, and the attention that each slot receives, float32.
-
-    Keys and values are read as they lie in the cache. With the queries on the left, XLA's CPU compiler would turn all
-    keys at every step; and sums over slots are taken of the results, not of the weights, which are many more.
-    """
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    logits = jnp.einsum("bhsd,bhgd->bhsg", k, scaled, preferred_element_type=jnp.float32).swapaxes(2, 3)
-    logits = jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    inverse = 1.0 / jnp.sum(powers, axis=-1)
-    y = jnp.einsum("bhgs,bhsd->bhgd", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    received = jnp.einsum("bhgs,bhg->bhs", powers, inverse)
-    return (y * inverse[..., None]).astype(q.dtype), jnp.where(seen, received, 0.0)
 
 
 class MLP(nn.Module):
