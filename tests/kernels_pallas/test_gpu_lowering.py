@@ -12,33 +12,16 @@ import kernels_pallas.codebook_matmul.gpu as codebook_gpu
 import kernels_pallas.hashed_matmul.gpu as hashed_gpu
 import kernels_pallas.nm_matmul.gpu as nm_gpu
 import kernels_pallas.quant_matmul.gpu as quant_gpu
-from effjax.arrays import Codebook, NMSparse, Quantized
+from effjax.arrays import Codebook, NMSparse
 from effjax.arrays.packing import packed_size
 from kernels_pallas.gpu_packed import exact_terms
 from kernels_pallas.gpu_tile import SHARED_BYTES, Tile, choose_tile, stage_bytes
 from kernels_pallas.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, unique_shapes
+from tests.kernels_pallas.gpu_compiler import quantized_struct
 from tests.kernels_pallas.oracles import codebook, hashed, nm_sparse, quantized
 
 S = jax.ShapeDtypeStruct
 MATRICES = sorted({matrix for model in MODELS for matrix in unique_shapes(model)})
-
-
-def quantized_struct(n, out, bits=4, group=128, zeros=None, scale_dtype=jnp.float16, dtype=jnp.bfloat16):
-    """A leaf of shapes alone: a 70B matrix costs nothing."""
-    groups = 1 if group is None else n // group
-    points = {
-        None: None,
-        "packed": S((packed_size(groups, bits), out), jnp.uint8),
-        "real": S((groups, out), jnp.float32),
-    }
-    return Quantized(
-        codes=S((packed_size(n, bits), out), jnp.uint8),
-        scales=S((groups, out), scale_dtype),
-        zeros=points[zeros],
-        bits=bits,
-        pad=packed_size(n, bits) * 8 // bits - n,
-        dtype=jnp.dtype(dtype),
-    )
 
 
 def lower(kernel, w, rows, *, transpose=False, dtype=jnp.bfloat16, tile=None):

@@ -1,0 +1,127 @@
+"""The Hopper kernels compiled to machine code for an H100 that is not there; what the assembler says as lines of JSON.
+
+MOSAIC_GPU_DUMP_TO=folder MOSAIC_GPU_DUMP_PTXAS=1 JAX_PLATFORMS=cpu python -m tests.kernels_pallas.gpu_compiler
+
+XLA's CUDA plugin compiles for a described GPU; Mosaic GPU compiles its kernels on the way, with NVIDIA's assembler.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from effjax.arrays import Codebook, NMSparse, Quantized
+from effjax.arrays.packing import packed_size
+from kernels_pallas.codebook_matmul.gpu import codebook_matmul
+from kernels_pallas.nm_matmul.gpu import nm_matmul
+from kernels_pallas.quant_matmul.gpu import quant_matmul
+
+S = jax.ShapeDtypeStruct
+# As the driver of an H100 SXM reports itself.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def quantized_struct(n, out, bits=4, group=128, zeros=None, scale_dtype=jnp.float16, dtype=jnp.bfloat16):
+    """A leaf of shapes alone: a 70B matrix costs nothing."""
+    groups = 1 if group is None else n // group
+    points = {
+        None: None,
+        "packed": S((packed_size(groups, bits), out), jnp.uint8),
+        "real": S((groups, out), jnp.float32),
+    }
+    return Quantized(
+        codes=S((packed_size(n, bits), out), jnp.uint8),
+        scales=S((groups, out), scale_dtype),
+        zeros=points[zeros],
+        bits=bits,
+        pad=packed_size(n, bits) * 8 // bits - n,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def cases() -> Iterator[tuple[str, object, object, int, bool]]:
+    """(name, kernel, weight, rows, transpose) at a projection of an 8B decoder."""
+    n, out = 4096, 14336
+    for rows in (1, 16, 2048):
+        yield "int4 g128", quant_matmul, quantized_struct(n, out), rows, False
+    yield "int4 g128 zeros", quant_matmul, quantized_struct(n, out, zeros="packed"), 1, False
+    yield "int4 g128", quant_matmul, quantized_struct(n, out), 2048, True
+    for rows in (1, 2048):
+        yield "int8 channel", quant_matmul, quantized_struct(n, out, 8, None), rows, False
+    yield "int8 g128 zeros", quant_matmul, quantized_struct(n, out, 8, zeros="packed"), 2048, False
+    yield "int3 g128", quant_matmul, quantized_struct(n, out, 3), 1, False
+    codes, scales, bf16 = S((n // 2, out), jnp.uint8), S((n // 64, out), jnp.float16), jnp.dtype(jnp.bfloat16)
+    one, many = S((1, 1, 16), jnp.float32), S((1, out, 16), jnp.float32)
+    for rows in (1, 2048):
+        yield (
+            "codebook",
+            codebook_matmul,
+            Codebook(codes=codes, tables=one, scales=scales, bits=4, dtype=bf16),
+            rows,
+            False,
+        )
+    yield (
+        "codebook of a column",
+        codebook_matmul,
+        Codebook(codes=codes, tables=many, scales=None, bits=4, dtype=bf16),
+        1,
+        False,
+    )
+    values, indices = S((n // 2, out), jnp.bfloat16), S((n // 8, out), jnp.uint8)
+    yield "2:4", nm_matmul, NMSparse(values=values, indices=indices, n=2, m=4, dtype=bf16), 1, False
+
+
+def assembled(kernel, w, rows: int, transpose: bool, device: jax.Device, folder: Path) -> dict[str, int]:
+    for old in folder.iterdir():
+        old.unlink()
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    n, out = w.shape
+
+    def product(x, w):
+        return kernel(x, w, transpose=transpose)
+
+    traced = jax.jit(product, in_shardings=sharding, out_shardings=sharding).trace(
+        S((rows, out if transpose else n), jnp.bfloat16), w
+    )
+    memory = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
+    (report,) = (path.read_text() for path in folder.glob("*.ptxas"))
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, report)
+        assert found is not None, report
+        return int(found[1])
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spilled": number(r"(\d+) bytes spill stores"),
+        "serialized": report.count("wgmma.mma_async instructions are serialized"),
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    jax.devices()  # registers the plugin's platform
+    h100 = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    for name, kernel, w, rows, transpose in cases():
+        found = assembled(kernel, w, rows, transpose, h100, Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
+        line = {"case": name, "rows": rows, "transpose": transpose, "stored": stored, **found}
+        print(json.dumps(line), flush=True)
