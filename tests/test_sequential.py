@@ -54,7 +54,7 @@ def low_rank(w: np.ndarray, rows: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def decoder():
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (6, 10)).astype(np.int32)
-    return Decoder(CONFIG).init(jax.random.key(0), tokens)["params"], tokens
+    return jax.jit(Decoder(CONFIG).init)(jax.random.key(0), tokens)["params"], tokens
 
 
 def test_every_block_sees_what_the_compressed_ones_before_it_give():
@@ -123,7 +123,7 @@ def test_other_leaves_and_methods_may_be_mixed(decoder):
     assert kinds["layers_2/mlp/down_proj/kernel"] == "Quantized"
     assert found["layers_1"]["attention"]["q_proj"]["kernel"] is params["layers_1"]["attention"]["q_proj"]["kernel"]
     assert done == [(i, 4) for i in range(1, 5)]
-    logits = ej.lift(Decoder(CONFIG).apply)({"params": found}, tokens)
+    logits = jax.jit(ej.lift(Decoder(CONFIG).apply))({"params": found}, tokens)
     assert np.isfinite(np.asarray(logits)).all()
 
 

@@ -52,7 +52,7 @@ def byte_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     save_hf(directory, CONFIG, params, byte_tokenizer().to_str())
     return directory
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_the_reference(family, scan_layers, tmp_path):
     model = load_model(write_checkpoint(tmp_path, FAMILIES[family]), scan_layers=scan_layers)
-    logits = model.apply({"params": model.params}, jnp.asarray(tokens()))
+    logits = jax.jit(model.apply)({"params": model.params}, jnp.asarray(tokens()))
     with np.load(GOLDENS, allow_pickle=False) as goldens:
         np.testing.assert_allclose(logits[0, np.array(POSITIONS)], goldens[family], atol=1e-4, rtol=0)
 
@@ -38,6 +39,6 @@ def test_goldens_tell_the_families_apart():
 def test_llama3_scaling_matters(tmp_path):
     """Without its scaling the same checkpoint is far off, so the golden really tests it."""
     model = load_model(write_checkpoint(tmp_path, FAMILIES["llama3"] | {"rope_scaling": None}))
-    logits = model.apply({"params": model.params}, jnp.asarray(tokens()))
+    logits = jax.jit(model.apply)({"params": model.params}, jnp.asarray(tokens()))
     with np.load(GOLDENS, allow_pickle=False) as goldens:
         assert np.abs(logits[0, POSITIONS[-1]] - goldens["llama3"][-1]).max() > 0.05

@@ -29,7 +29,7 @@ TINY = DecoderConfig(
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float32, tied, one file."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    params = Decoder(TINY).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(TINY).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     save_hf(directory, TINY, params)
     return directory
 
@@ -42,7 +42,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = dataclasses.replace(TINY, tie_word_embeddings=False)
     directory = tmp_path_factory.mktemp("models") / "sharded"
-    params = Decoder(config).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(config).init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
     tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in to_hf_tensors(config, params).items()}
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
     directory.mkdir()

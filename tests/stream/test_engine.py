@@ -98,7 +98,7 @@ def test_a_budget_cuts_large_leaves_and_changes_no_byte(tmp_path):
     config = ej.models.config.DecoderConfig(
         vocab_size=16384, hidden_size=256, intermediate_size=16384, num_hidden_layers=1, num_attention_heads=4
     )
-    params = ej.models.decoder.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = jax.jit(ej.models.decoder.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     ej.models.hf.save_hf(tmp_path / "wide", config, params)
     cheap = ej.quantize.RTN(bits=3, group_size=64)
     rules = [("embed/*", ej.quantize.NF4()), ("lm_head/*", cheap), (None, cheap)]
