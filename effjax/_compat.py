@@ -66,6 +66,11 @@ def on_one_device(ctx: Any) -> bool:
     return frozenset(axes.mesh.axis_names) == frozenset(axes.manual_axes)
 
 
+def is_exported(ctx: Any) -> bool:
+    """Whether what is being lowered is to run elsewhere (`jax.export`), where our kernels may be missing."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, core.Literal)
 

@@ -8,7 +8,7 @@
 namespace effjax {
 namespace {
 
-constexpr QuantKernel kKernel = {Quant<Avx2>::Digits, Quant<Avx2>::Columns};
+constexpr QuantKernel kKernel = {ToFixedPoint<Avx2>::Digits, Quant<Avx2>::Columns};
 
 }  // namespace
 

@@ -8,7 +8,7 @@
 namespace effjax {
 namespace {
 
-constexpr QuantKernel kKernel = {Quant<Avx512>::Digits, Quant<Avx512>::Columns};
+constexpr QuantKernel kKernel = {ToFixedPoint<Avx512>::Digits, Quant<Avx512>::Columns};
 
 }  // namespace
 

@@ -8,7 +8,7 @@
 namespace effjax {
 namespace {
 
-constexpr QuantKernel kKernel = {Quant<I8mm>::Digits, Quant<I8mm>::Columns};
+constexpr QuantKernel kKernel = {ToFixedPoint<I8mm>::Digits, Quant<I8mm>::Columns};
 
 }  // namespace
 

@@ -20,85 +20,6 @@ struct Quant {
   static constexpr int64_t kTileFloats = 16384;      // 64 KiB of sums on the stack
   static constexpr int64_t kMaxRows = kTileFloats / kBytes;
 
-  // ---- activations -----------------------------------------------------------------------------------------------
-
-  static void Digits(const QuantProblem& p, const float* x, int64_t row) {
-    const float* source = x + row * p.in;
-    int8_t* digits = p.digit_rows + row * p.digits * p.padded;
-    int64_t block = 0, at = 0;
-    for (int64_t start = 0; start < p.in; ++block) {
-      const int64_t end_of_group = (start / p.group_size + 1) * p.group_size;
-      const int64_t size = Min(p.block, Min(end_of_group, p.in) - start);
-      DigitsOfBlock(p, source + start, size, digits + at, p.block_scales + row * p.blocks + block,
-                    p.block_sums + row * p.blocks + block);
-      at += RoundUp(size, RunOf(p.bits));
-      start += size;
-    }
-  }
-
-  static void DigitsOfBlock(const QuantProblem& p, const float* x, int64_t size, int8_t* out, float* scale,
-                            float* sum) {
-    alignas(64) int32_t fixed[kMaxBlock + 64];
-    const int64_t filled = RoundUp(size, RunOf(p.bits));
-    const float largest = MaxAbs(x, size);
-    // 127 in every digit; less where the rounding of the product itself could reach beyond.
-    const float top = p.digits == 1 ? 127.0f : p.digits == 2 ? 32639.0f : 8355000.0f;
-    // A block with something that is no number gives no number; below 1e-30 the inverse would not be one.
-    const bool finite = largest <= 3.4028235e38f;
-    const bool empty = !finite || largest < 1e-30f;
-    *scale = finite ? (empty ? 0.0f : largest / top) : __builtin_nanf("");
-    const int64_t total = ToFixed(x, size, empty ? 0.0f : top / largest, fixed);
-    *sum = *scale * static_cast<float>(total);
-    for (int64_t i = size; i < filled; ++i) fixed[i] = 0;
-    const int64_t run = RunOf(p.bits), per_byte = 8 % p.bits == 0 ? 8 / p.bits : 1;
-    if (per_byte == 1) return SplitDigits(p, fixed, filled, out);
-    // Byte r of a run holds inputs r * per_byte + s: quad s of the panel is made of field s of its four bytes.
-    alignas(64) int32_t ordered[kMaxBlock + 64];
-    for (int64_t start = 0; start < filled; start += run) {
-      for (int64_t s = 0; s < per_byte; ++s) {
-        for (int64_t r = 0; r < 4; ++r) ordered[start + 4 * s + r] = fixed[start + r * per_byte + s];
-      }
-    }
-    SplitDigits(p, ordered, filled, out);
-  }
-
-  // The largest magnitude; more than any number where there is a NaN, since bits of magnitudes are in their order.
-  static float MaxAbs(const float* x, int64_t n) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, x + i, 4);
-      bits &= 0x7fffffffu;
-      most = bits > most ? bits : most;
-    }
-    float value;
-    std::memcpy(&value, &most, 4);
-    return value;
-  }
-
-  // Rounds `x * factor`; returns the sum.
-  static int64_t ToFixed(const float* x, int64_t n, float factor, int32_t* fixed) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float value = x[i] * factor;
-      fixed[i] = factor == 0.0f ? 0 : static_cast<int32_t>(value + (value < 0.0f ? -0.5f : 0.5f));
-      total += fixed[i];
-    }
-    return total;
-  }
-
-  // Signed bytes in base 256, the lowest first.
-  static void SplitDigits(const QuantProblem& p, int32_t* fixed, int64_t n, int8_t* out) {
-    for (int d = 0; d < p.digits; ++d) {
-      int8_t* to = out + d * p.padded;
-      for (int64_t i = 0; i < n; ++i) {
-        const int8_t digit = static_cast<int8_t>(static_cast<uint8_t>(fixed[i]));
-        to[i] = digit;
-        fixed[i] = (fixed[i] - digit) >> 8;
-      }
-    }
-  }
-
   // ---- products ------------------------------------------------------------------------------------------------------
 
   // Sums of `kRows` rows of `kDigits` digits against a panel, scaled and added to `sums` [kRows][sums_stride].
@@ -120,15 +41,15 @@ struct Quant {
       panel += 4 * kBytes;
 #pragma GCC unroll 8
       for (int r = 0; r < kAll; ++r) {
-        const typename S::Activations a = S::Broadcast(x + r * p.padded + 4 * q);
+        const typename S::Activations a = S::Broadcast(x + r * p.x.padded + 4 * q);
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) total[r][v] = S::Dot(total[r][v], w[v], a);
       }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const float unit = p.block_scales[(row + m) * p.blocks + block];
-      const F minus = S::Set(-p.block_sums[(row + m) * p.blocks + block]);
+      const float unit = p.x.block_scales[(row + m) * p.x.blocks + block];
+      const F minus = S::Set(-p.x.block_sums[(row + m) * p.x.blocks + block]);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
         F value = S::Mul(S::ToFloat(total[m * kDigits][v]), S::Set(unit));
@@ -146,7 +67,7 @@ struct Quant {
                            int64_t row, int64_t rows, const float* scales, const float* offsets, float* sums,
                            int64_t sums_stride) {
     constexpr int kMost = S::kDigitRows / kDigits;
-    const int64_t x_stride = kDigits * p.padded;
+    const int64_t x_stride = kDigits * p.x.padded;
     int64_t m = 0;
     for (; m + kMost <= rows; m += kMost) {
       Multiply<kMost, kDigits>(p, panel, quads, x + m * x_stride, block, row + m, scales, offsets,
@@ -224,18 +145,18 @@ struct Quant {
     alignas(64) float sums[kTileFloats];
     alignas(64) float scales[kBytes], offsets[kBytes];
     constexpr int64_t kRun = RunOf(kBits);
-    const int64_t bytes = (p.in * kBits + 7) / 8;  // of a column
-    for (int64_t row = 0; row < p.rows; row += kMaxRows) {
-      const int64_t rows = Min(kMaxRows, p.rows - row);
+    const int64_t bytes = (p.x.in * kBits + 7) / 8;  // of a column
+    for (int64_t row = 0; row < p.x.rows; row += kMaxRows) {
+      const int64_t rows = Min(kMaxRows, p.x.rows - row);
       // As wide as the sums allow: the bytes of a row of codes are then read in one go.
       const int64_t width = kTileFloats / rows / kBytes * kBytes;
       for (int64_t left = begin; left < end; left += width) {
         const int64_t right = Min(end, left + width), tile = RoundUp(right - left, kBytes);
         std::memset(sums, 0, static_cast<size_t>(rows * tile) * 4);
         int64_t block = 0, at = 0;
-        for (int64_t start = 0; start < p.in; ++block) {
-          const int64_t group = start / p.group_size;
-          const int64_t size = Min(p.block, Min((group + 1) * p.group_size, p.in) - start);
+        for (int64_t start = 0; start < p.x.in; ++block) {
+          const int64_t group = start / p.x.group_size;
+          const int64_t size = Min(p.x.block, Min((group + 1) * p.x.group_size, p.x.in) - start);
           const int64_t runs = RoundUp(size, kRun) / kRun, first_byte = start * kBits / 8;
           for (int64_t column = left; column < right; column += kBytes) {
             const int64_t columns = Min(kBytes, right - column);
@@ -244,12 +165,12 @@ struct Quant {
             UnpackColumns<S, kBits, true>(p.codes + first_byte * p.out + column, p.out, bytes - first_byte, runs,
                                           columns, ahead, panel);
             GroupScales(p, group, column, columns, scales, offsets);
-            const int8_t* x = p.digit_rows + row * p.digits * p.padded + at;
+            const int8_t* x = p.x.digit_rows + row * p.x.digits * p.x.padded + at;
             float* to = sums + column - left;
             const int64_t quads = runs * kRun / 4;
-            if (p.digits == 1) {
+            if (p.x.digits == 1) {
               MultiplyRows<1>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);
-            } else if (p.digits == 2) {
+            } else if (p.x.digits == 2) {
               MultiplyRows<2>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);
             } else {
               MultiplyRows<3>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);

@@ -39,16 +39,6 @@ bool FloatType(ffi::DataType type, ScaleType* found) {
   }
 }
 
-// Blocks and bytes of a digit of a row: blocks do not cross groups, and each is filled up to whole runs.
-void Layout(QuantProblem* p) {
-  p->block = p->group_size < kMaxBlock ? p->group_size : kMaxBlock;
-  const int64_t groups = p->in / p->group_size, whole = p->group_size / p->block, rest = p->group_size % p->block;
-  const int64_t run = RunOf(p->bits);
-  auto filled = [run](int64_t n) { return (n + run - 1) / run * run; };
-  p->blocks = groups * (whole + (rest != 0));
-  p->padded = groups * (whole * filled(p->block) + filled(rest));
-}
-
 ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
                        ffi::AnyBuffer zeros, int64_t bits, int64_t digits, int64_t variant,
                        ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> scratch) {
@@ -59,21 +49,21 @@ ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   }
   if (bits < 1 || bits > 8) return Bad("bits must be 1 to 8, found " + std::to_string(bits));
   if (digits < 1 || digits > 3) return Bad("digits must be 1 to 3, found " + std::to_string(digits));
-  p.rows = x.dimensions()[0];
-  p.in = x.dimensions()[1];
+  p.x.rows = x.dimensions()[0];
+  p.x.in = x.dimensions()[1];
   p.out = codes.dimensions()[1];
   p.bits = static_cast<int32_t>(bits);
-  p.digits = static_cast<int32_t>(digits);
+  p.x.digits = static_cast<int32_t>(digits);
   const int64_t groups = scales.dimensions()[0];
-  if (p.rows == 0 || p.out == 0) return ffi::Error::Success();
-  if (p.in == 0 || groups == 0 || p.in % groups != 0) return Bad("the groups must divide the inputs");
-  p.group_size = p.in / groups;
-  if (codes.dimensions()[0] != (p.in * bits + 7) / 8) return Bad("codes have not the rows that the inputs need");
-  if (scales.dimensions()[1] != p.out || y->dimensions()[0] != p.rows || y->dimensions()[1] != p.out) {
+  if (p.x.rows == 0 || p.out == 0) return ffi::Error::Success();
+  if (p.x.in == 0 || groups == 0 || p.x.in % groups != 0) return Bad("the groups must divide the inputs");
+  p.x.group_size = p.x.in / groups;
+  if (codes.dimensions()[0] != (p.x.in * bits + 7) / 8) return Bad("codes have not the rows that the inputs need");
+  if (scales.dimensions()[1] != p.out || y->dimensions()[0] != p.x.rows || y->dimensions()[1] != p.out) {
     return Bad("x, codes, scales and y do not fit together");
   }
-  if (groups > 1 && p.group_size % RunOf(p.bits) != 0) {
-    return Bad("groups of " + std::to_string(p.group_size) + " are no whole runs of " + std::to_string(RunOf(p.bits)));
+  if (groups > 1 && p.x.group_size % RunOf(p.bits) != 0) {
+    return Bad("groups of " + std::to_string(p.x.group_size) + " are no whole runs of " + std::to_string(RunOf(p.bits)));
   }
   if (!FloatType(scales.element_type(), &p.scale_type)) return Bad("scales must be float32, float16 or bfloat16");
   if (zeros.element_count() == 0) {
@@ -94,14 +84,10 @@ ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   p.zeros = zeros.untyped_data();
   p.y = y->typed_data();
 
-  Layout(&p);
-  const int64_t digit_bytes = (p.rows * digits * p.padded + 3) / 4 * 4;
-  if (static_cast<int64_t>(scratch->element_count()) < digit_bytes + 8 * p.rows * p.blocks) {
-    return Bad("the scratch buffer is too small");
-  }
-  p.digit_rows = reinterpret_cast<int8_t*>(scratch->typed_data());
-  p.block_scales = reinterpret_cast<float*>(p.digit_rows + digit_bytes);
-  p.block_sums = p.block_scales + p.rows * p.blocks;
+  p.x.run = RunOf(p.bits);
+  p.x.per_byte = 8 % bits == 0 ? 8 / bits : 1;
+  if (static_cast<int64_t>(scratch->element_count()) < Arrange(&p.x)) return Bad("the scratch buffer is too small");
+  Place(&p.x, scratch->typed_data());
 
   const QuantKernel* kernel = Choose(variant);
   if (kernel == nullptr) {
@@ -109,12 +95,12 @@ ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
                       "quant_matmul: variant " + std::to_string(variant) + " does not run on this processor");
   }
   const float* input = x.typed_data();
-  if (p.rows * p.in < kWorthAThread) {
-    for (int64_t row = 0; row < p.rows; ++row) kernel->digits(p, input, row);
+  if (p.x.rows * p.x.in < kWorthAThread) {
+    for (int64_t row = 0; row < p.x.rows; ++row) kernel->digits(p.x, input, row);
   } else {
-    ParallelFor(pool, p.rows, [&](int64_t row) { kernel->digits(p, input, row); });
+    ParallelFor(pool, p.x.rows, [&](int64_t row) { kernel->digits(p.x, input, row); });
   }
-  ParallelColumns(pool, p.rows * p.in, p.out, [&](int64_t begin, int64_t end) { kernel->columns(p, begin, end); });
+  ParallelColumns(pool, p.x.rows * p.x.in, p.out, [&](int64_t begin, int64_t end) { kernel->columns(p, begin, end); });
   return ffi::Error::Success();
 }
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_cpu._native import NATIVE
 from kernels_cpu import variants
+from kernels_cpu._native import NATIVE
 
 if TYPE_CHECKING:
     from effjax.arrays.quantized import Quantized
 
-MAX_BLOCK = 256  # inputs that share the scale of an activation: kMaxBlock in quant_matmul.h
+MAX_BLOCK = 256  # inputs that share the scale of an activation: kMaxBlock in activations.h
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -28,8 +28,8 @@ def why_not(w: "Quantized") -> str:
     n = w.shape[-2]
     if len(w.shape) != 2:
         return f"the kernel takes one matrix, not {list(w.shape)}: map it over the leading axes"
-    if w.group_size % _run(w.bits) and w.group_size != n:
-        return f"groups of {w.group_size} inputs do not fill whole runs of {_run(w.bits)} codes of {w.bits} bits"
+    if w.group_size % run_of(w.bits) and w.group_size != n:
+        return f"groups of {w.group_size} inputs do not fill whole runs of {run_of(w.bits)} codes of {w.bits} bits"
     for name, field in (("scales", w.scales), ("zeros", w.zeros)):
         if field is not None and field.dtype.name not in (*FLOATS, "uint8"):
             return f"{name} are {field.dtype.name}, and the kernel reads {', '.join(FLOATS)}"
@@ -73,7 +73,7 @@ def quant_matmul(
     zeros = jnp.zeros((0, out), jnp.uint8) if w.zeros is None else w.zeros
     results = (
         jax.ShapeDtypeStruct((m, out), jnp.float32),
-        jax.ShapeDtypeStruct((scratch_bytes(m, n, w.group_size, w.bits, digits),), jnp.uint8),
+        jax.ShapeDtypeStruct((scratch_bytes(m, n, w.group_size, run_of(w.bits), digits),), jnp.uint8),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxQuantMatmul"), results, vmap_method="sequential")
     y, _ = call(
@@ -88,17 +88,16 @@ def quant_matmul(
     return y.reshape(*x.shape[:-1], out)
 
 
-def scratch_bytes(rows: int, n: int, group_size: int, bits: int, digits: int) -> int:
-    """Bytes that the digits of the activations take, with a scale and a sum for each of their blocks."""
+def scratch_bytes(rows: int, n: int, group_size: int, run: int, digits: int) -> int:
+    """Bytes that the digits of the activations take, with a scale and a sum for each of their blocks (`Arrange`)."""
     block = min(group_size, MAX_BLOCK)
     whole, rest = divmod(group_size, block)
-    run = _run(bits)
     padded = n // group_size * (whole * -(-block // run) * run + -(-rest // run) * run)
     blocks = n // group_size * (whole + (rest > 0))
     return -(-rows * digits * padded // 4) * 4 + 8 * rows * blocks
 
 
-def _run(bits: int) -> int:
+def run_of(bits: int) -> int:
     """Inputs whose codes the kernel unpacks together."""
     return 32 // bits if 8 % bits == 0 else 8
 

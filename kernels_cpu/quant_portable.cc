@@ -5,7 +5,7 @@
 namespace effjax {
 namespace {
 
-constexpr QuantKernel kKernel = {Quant<Portable>::Digits, Quant<Portable>::Columns};
+constexpr QuantKernel kKernel = {ToFixedPoint<Portable>::Digits, Quant<Portable>::Columns};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 """n:m sparse weights: of every m consecutive inputs only n values are stored, with their packed positions."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, UInt8
 
-from effjax.arrays.base import CompressedArray, Spec, cut_rows, register, static
+from effjax.arrays.base import CompressedArray, Spec, cut_rows, materialize, register, static
 from effjax.arrays.packing import pack, unpack
+from effjax.arrays.quantized import Quantized
 from effjax.errors import LeafError
 
 
@@ -19,13 +21,13 @@ class NMSparse(CompressedArray):
     """n of every m consecutive inputs of a column; the rest is zero.
 
     Attributes:
-        values: `float[*L, in / m * n, out]`.
+        values: `float[*L, in / m * n, out]`, or those quantized (`effjax.quantize.quantize_kept`).
         indices: positions inside the group of m, packed `ceil(log2 m)` bits each: `uint8[*L, bytes, out]`.
         n, m: the pattern.
         dtype: dtype of the materialised weight.
     """
 
-    values: Float[Array, "*L kept out"]
+    values: Float[Array, "*L kept out"] | Quantized
     indices: UInt8[Array, "*L bytes out"]
     n: int = static()
     m: int = static()
@@ -64,20 +66,26 @@ class NMSparse(CompressedArray):
         return (self.m - 1).bit_length()
 
     def materialize(self) -> jax.Array:
-        return self._scatter(self.values, unpack(self.indices, self.index_bits, self.values.shape[-2]))
+        return self._scatter(materialize(self.values), unpack(self.indices, self.index_bits, self.values.shape[-2]))
 
     def tiles(self, size: int) -> tuple[Any, Callable[[Any], jax.Array]]:
         count, kept = self.shape[-2] // size, size // self.m * self.n
+        if isinstance(self.values, Quantized):
+            values, dense_values = self.values.tiles(kept)
+        else:
+            values, dense_values = cut_rows(self.values, count), lambda tile: tile
 
-        def dense(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def dense(tile: tuple[Any, jax.Array]) -> jax.Array:
             values, indices = tile
-            return self._scatter(values, unpack(indices, self.index_bits, kept))
+            return self._scatter(dense_values(values), unpack(indices, self.index_bits, kept))
 
-        return (cut_rows(self.values, count), cut_rows(self.indices, count)), dense
+        return (values, cut_rows(self.indices, count)), dense
 
     @property
     def row_multiple(self) -> int:
-        return 8 * self.m  # eight groups: their indices fill whole bytes whatever n and the index width are
+        # Eight groups: their indices fill whole bytes whatever n and the index width are.
+        kept = self.values.row_multiple if isinstance(self.values, Quantized) else 1
+        return self.m * math.lcm(8, kept // math.gcd(kept, self.n))
 
     def columns(self, ids: jax.Array) -> "NMSparse":
         return jax.tree.map(lambda field: jnp.take(field, ids, axis=-1), self)
@@ -93,4 +101,14 @@ class NMSparse(CompressedArray):
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         *lead, rows, out = spec
         rows = None if self.values.shape[-2] * self.index_bits % 8 else rows
-        return {"values": P(*lead, rows, out), "indices": P(*lead, rows, out)}
+        values: Any = P(*lead, rows, out)
+        if isinstance(self.values, Quantized):
+            values = self.values.replace(**self.values.field_specs((*lead, rows, out)))
+        return {"values": values, "indices": P(*lead, rows, out)}
+
+    def logical_spec(self) -> Spec:
+        return self.values.logical_spec() if isinstance(self.values, Quantized) else super().logical_spec()
+
+    def astype(self, dtype: Any) -> "NMSparse":
+        values = self.values.astype(dtype) if isinstance(self.values, Quantized) else self.values
+        return self.replace(values=values, dtype=np.dtype(dtype))

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import jax
 
 import kernels_cpu
+from effjax.arrays.codebook import Codebook
+from effjax.arrays.nm_sparse import NMSparse
 from effjax.arrays.quantized import Quantized
-from kernels_cpu import quant_matmul
+from kernels_cpu import codebook_matmul, nm_matmul, quant_matmul
 
 
 class Kernel(Protocol):
@@ -29,6 +31,7 @@ class CpuKernel:
 
     reason: Callable[[Any], str]
     product: Callable[..., jax.Array]
+    integer: bool = True
 
     def why_not(self, rows: int, x_dtype: Any, w: Any, *, transpose: bool) -> str:
         del rows
@@ -42,10 +45,15 @@ class CpuKernel:
 
     def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
         del transpose
-        bits = activation_bits or (24 if x.dtype.itemsize == 4 else 16)
-        return self.product(x, w, activation_bits=bits)
+        if not self.integer:
+            return self.product(x, w)
+        return self.product(x, w, activation_bits=activation_bits or (24 if x.dtype.itemsize == 4 else 16))
 
 
 KERNELS: dict[str, dict[type, Kernel]] = {
-    "cpu": {Quantized: CpuKernel(quant_matmul.why_not, quant_matmul.quant_matmul)},
+    "cpu": {
+        Quantized: CpuKernel(quant_matmul.why_not, quant_matmul.quant_matmul),
+        Codebook: CpuKernel(codebook_matmul.why_not, codebook_matmul.codebook_matmul, integer=False),
+        NMSparse: CpuKernel(nm_matmul.why_not, nm_matmul.nm_matmul),
+    },
 }

@@ -28,7 +28,8 @@ def platform_operation(
     Args:
         name: of the primitive, as it appears in a jaxpr.
         shape: `shape(*structs, **static) -> (shape, dtype)` of the result.
-        default: the implementation that the compiler can partition, `default(*arrays, **static)`.
+        default: the implementation that the compiler can partition and that an exported program keeps,
+            `default(*arrays, **static)`.
         one_device: implementations for a platform ("cpu", "tpu", "cuda", "rocm") where the program runs on one device;
             what they slice may be spread over devices otherwise.
         static_argnames: the keyword parameters.
@@ -75,7 +76,8 @@ def platform_operation(
         single = mlir.lower_fun(batched(implementation), multiple_results=False)
 
         def lowering(ctx: Any, *args: Any, single: Any = single, **params: Any) -> Any:
-            return (single if _compat.on_one_device(ctx) else partitioned)(ctx, *args, **params)
+            here = _compat.on_one_device(ctx) and not _compat.is_exported(ctx)
+            return (single if here else partitioned)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, lowering, platform=platform)
 

@@ -10,6 +10,7 @@ from effjax.quantize.fp4 import FP4, MXFP4, NVFP4
 from effjax.quantize.fp8 import FP8
 from effjax.quantize.gptq import GPTQ
 from effjax.quantize.hqq import HQQ
+from effjax.quantize.kept import quantize_kept
 from effjax.quantize.leanquant import LeanQuant
 from effjax.quantize.merge import LeafMerge, MergeReport, merge_adapters
 from effjax.quantize.nf4 import NF4
@@ -46,6 +47,7 @@ __all__ = [
     "init_clusters",
     "merge_adapters",
     "palettize",
+    "quantize_kept",
     "quantize_params",
     "regrid",
     "sensitivity",

@@ -240,7 +240,8 @@ def test_preferred_element_type_and_precision():
         x, w = x.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16)
         return jnp.matmul(x, w, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
 
-    assert lifts(fn, compressed(16, 8), weight(2, 16), tolerance=1e-5).dtype == jnp.float32
+    # A kernel that never makes the bfloat16 weights does not round them either: equal to their rounding.
+    assert lifts(fn, compressed(16, 8), weight(2, 16), tolerance=2**-8).dtype == jnp.float32
 
 
 def test_operations_that_change_no_value():

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import kernels_cpu
 from effjax.arrays import Quantized
 from effjax.ops import matmul
-from effjax.ops.matmul import block_rows
+from effjax.ops.dispatch import block_rows
 from effjax.quantize import RTN
 
 
@@ -23,9 +25,24 @@ def lowered(w: Quantized, *platforms: str) -> str:
     return jax.jit(matmul).trace(x, w).lower(lowering_platforms=platforms).as_text()
 
 
+@pytest.mark.parametrize(("platform", "native"), [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_native_kernels_are_for_the_cpu(w: Quantized, platform: str, native: bool) -> None:
+    assert kernels_cpu.available(), kernels_cpu.why_not()
+    assert ("EffjaxQuantMatmul" in lowered(w, platform)) is native
+
+
 @pytest.mark.parametrize(("platform", "loops"), [("cpu", True), ("tpu", False), ("cuda", False)])
-def test_tiles_are_for_the_cpu(w: Quantized, platform: str, loops: bool) -> None:
-    assert ("stablehlo.while" in lowered(w, platform)) is loops
+def test_tiles_are_for_the_cpu_without_native_kernels(monkeypatch, w: Quantized, platform: str, loops: bool) -> None:
+    monkeypatch.setattr(kernels_cpu, "available", lambda: False)
+    columns = w.columns(jnp.arange(500))  # a shape that nothing else has lowered
+    assert ("stablehlo.while" in lowered(columns, platform)) is loops
+
+
+def test_an_exported_program_runs_without_our_kernels(w: Quantized) -> None:
+    x = jax.random.normal(jax.random.key(1), (2, 256))
+    exported = export.export(jax.jit(lambda x: matmul(x, w)))(x)
+    assert "Effjax" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(x), x @ w.materialize(), rtol=1e-5, atol=1e-4)
 
 
 def test_spread_over_devices_the_compiler_gets_one_product(w: Quantized) -> None:
@@ -37,12 +54,12 @@ def test_spread_over_devices_the_compiler_gets_one_product(w: Quantized) -> None
     np.testing.assert_allclose(program.compile()(x, spread), x @ w.materialize(), rtol=1e-5, atol=1e-4)
 
 
-def test_inside_shard_map_each_device_has_its_own_tiles(w: Quantized) -> None:
+def test_inside_shard_map_each_device_has_its_own_kernel(w: Quantized) -> None:
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     columns = P(None, "tensor")
     local = jax.shard_map(matmul, mesh=mesh, in_specs=(P(), columns), out_specs=columns)
     x = jax.random.normal(jax.random.key(1), (2, 256))
-    assert "stablehlo.while" in jax.jit(local).lower(x, w).as_text()
+    assert "EffjaxQuantMatmul" in jax.jit(local).lower(x, w).as_text()
     np.testing.assert_allclose(jax.jit(local)(x, w), x @ w.materialize(), rtol=1e-5, atol=1e-4)
 
 
