@@ -185,7 +185,7 @@ def _transposed(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax
         block, split, row = lax.axis_index("runs"), lax.axis_index("splits"), lax.axis_index("rows")
         first = split * steps
         group = lax.div(block, jnp.int32(per_group))
-        constants = [[ref[i] for i in range(ref.shape[0])] for ref in constants_gmem]
+        constants = [_scalars(ref) for ref in constants_gmem]
 
         def body_of(accumulators: Any) -> Callable[..., None]:
             def body(_: Any, x_smem: Any, *smem: Any) -> None:
@@ -260,25 +260,32 @@ def _swizzled(dtype: Any) -> tuple[Any, Any]:
 
 
 def _with_tables(product: Callable[[Any], Any], constants_gmem: Any, column: Any, width: int) -> Any:
-    """Calls `product` with the tables: scalars stay where they are, the columns of a block go to shared memory."""
-    if not constants_gmem or len(constants_gmem[0].shape) == 1:
-        return product(constants_gmem)
+    """Calls `product` with the tables: scalars in registers, those of the columns of a block in shared memory."""
+    scalars = [_scalars(source) if len(source.shape) == 1 else None for source in constants_gmem]
+    sources = [source for source in constants_gmem if len(source.shape) > 1]
+    if not sources:
+        return product(scalars)
 
     def copied(*scratch: Any) -> Any:
         *tables, barrier = scratch
-        for source, table in zip(constants_gmem, tables, strict=True):
+        for source, table in zip(sources, tables, strict=True):
             plgpu.copy_gmem_to_smem(source.at[:, pl.ds(column * width, width)], table, barrier)
             plgpu.barrier_wait(barrier)
-        return product(tables)
+        rest = iter(tables)
+        return product([next(rest) if known is None else known for known in scalars])
 
-    shapes = [plgpu.SMEM((source.shape[0], width), source.dtype) for source in constants_gmem]
+    shapes = [plgpu.SMEM((source.shape[0], width), source.dtype) for source in sources]
     return pl.run_scoped(copied, *shapes, plgpu.Barrier())
+
+
+def _scalars(ref: Any) -> list[jax.Array]:
+    return [ref[i] for i in range(ref.shape[0])]
 
 
 def _entries(table: Any, b: int) -> list[jax.Array]:
     """All entries of a table: scalars, or a value for each of the 64 pairs of block `b`."""
-    if len(table.shape) == 1:
-        return [table[i] for i in range(table.shape[0])]
+    if isinstance(table, list):
+        return table
     # Read where they are used: kept over the loop they would take more registers than there are.
     layout = plgpu.Layout.WGMMA.reduce(1)
     return [plgpu.layout_cast(table[i, pl.ds(BLOCK * b, BLOCK)], layout) for i in range(table.shape[0])]

@@ -99,12 +99,12 @@ def packed_planes(codes: jax.Array, bits: int, runs: int, pairs: int) -> tuple[t
     return tuple((words, byte) for byte in range(size))
 
 
-def code_of(words: list[jax.Array], j: int, parity: int, bits: int) -> jax.Array:
+def code_of(words: list[jax.Array], j: int, parity: int, bits: int, mask: Any = None) -> jax.Array:
     """Code `j` of every run, `uint16`, from the words of its bytes; `parity` chooses the even or the odd outputs."""
     byte, shift = divmod(j * bits, 8)
     code = words[byte] >> word16(8 * parity + shift) if 8 * parity + shift else words[byte]
     if shift + bits <= 8:
-        return code & word16(2**bits - 1) if 8 * parity + shift + bits < 16 else code
+        return code & (word16(2**bits - 1) if mask is None else mask) if 8 * parity + shift + bits < 16 else code
     first = 8 - shift  # bits that this byte holds
     rest = words[byte + 1] >> word16(8) if parity else words[byte + 1]
     return (code & word16(2**first - 1)) | ((rest & word16(2 ** (bits - first) - 1)) << word16(first))

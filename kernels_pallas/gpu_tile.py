@@ -57,7 +57,7 @@ def choose_tile(rows: int, packed: Packed, *, transpose: bool = False, multiproc
     blocks = packed.pairs // BLOCK
     wide = (
         not transpose
-        and not packed.constants
+        and not any(table.ndim > 1 for table in packed.constants)
         and tile_rows <= 16
         and blocks % 2 == 0
         and blocks >= 2 * multiprocessors // 4

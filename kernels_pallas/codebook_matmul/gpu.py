@@ -46,7 +46,7 @@ def codebook_matmul(
         ValueError: `why_not` has a reason, or the tile does not fit.
     """
     if reason := why_not(x.shape[0], x.dtype, w, transpose=transpose):
-        raise ValueError(f"{reason}; use implementation='reference'")
+        raise ValueError(reason)
     (n, out), width = w.shape, x.shape[1]
     if width != (out if transpose else n):
         raise ValueError(f"x {list(x.shape)} does not multiply W{'.T' if transpose else ''} of {n}x{out}")
@@ -62,7 +62,12 @@ def codebook_matmul(
 
 
 def why_not(rows: int, x_dtype: Any, w: Codebook, *, transpose: bool = False) -> str:
-    """The reason why `codebook_matmul` does not take this product, or an empty string."""
+    """Why `codebook_matmul` does not take this product, and what does; an empty string where it takes it."""
+    reason = _reason(rows, x_dtype, w, transpose)
+    return f"{reason}; use implementation='reference'" if reason else ""
+
+
+def _reason(rows: int, x_dtype: Any, w: Codebook, transpose: bool) -> str:
     if len(w.shape) != 2:
         return f"a stack of matrices {list(w.shape)}: use jax.vmap or index one"
     in_groups, out_groups, entries = w.tables.shape

@@ -13,4 +13,5 @@ def why_not(rows: int, x_dtype: Any, w: Hashed, *, transpose: bool = False) -> s
     time for a whole warpgroup. XLA's gather remains.
     """
     del rows, x_dtype, transpose
-    return f"{w.shape[-2]}x{w.shape[-1]} hashed weights: Mosaic GPU lowers no gather, which reads the table"
+    weights = f"{w.shape[-2]}x{w.shape[-1]} hashed weights"
+    return f"{weights}: Mosaic GPU lowers no gather, which reads the table; use implementation='reference'"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax.arrays.nm_sparse import NMSparse
+from effjax.arrays.quantized import Quantized
 from kernels_pallas import gpu_common
 from kernels_pallas import gpu_packed as packing
 from kernels_pallas.gpu_packed import Packed
@@ -45,7 +46,7 @@ def nm_matmul(
         ValueError: `why_not` has a reason, or the tile does not fit.
     """
     if reason := why_not(x.shape[0], x.dtype, w, transpose=transpose):
-        raise ValueError(f"{reason}; use implementation='reference'")
+        raise ValueError(reason)
     (n, out), width = w.shape, x.shape[1]
     if width != (out if transpose else n):
         raise ValueError(f"x {list(x.shape)} does not multiply W{'.T' if transpose else ''} of {n}x{out}")
@@ -54,10 +55,17 @@ def nm_matmul(
 
 
 def why_not(rows: int, x_dtype: Any, w: NMSparse, *, transpose: bool = False) -> str:
-    """The reason why `nm_matmul` does not take this product, or an empty string."""
+    """Why `nm_matmul` does not take this product, and what does; an empty string where it takes it."""
+    reason = _reason(rows, x_dtype, w, transpose)
+    return f"{reason}; use implementation='reference'" if reason else ""
+
+
+def _reason(rows: int, x_dtype: Any, w: NMSparse, transpose: bool) -> str:
     del transpose
     if len(w.shape) != 2:
         return f"a stack of matrices {list(w.shape)}: use jax.vmap or index one"
+    if isinstance(w.values, Quantized):
+        return f"kept values of {w.values.bits} bits: the kernel takes them in bfloat16"
     if w.values.dtype != jnp.bfloat16:
         return f"values of {w.values.dtype}: the tensor core takes bfloat16"
     run = _groups(w) * w.m
@@ -69,6 +77,7 @@ def why_not(rows: int, x_dtype: Any, w: NMSparse, *, transpose: bool = False) ->
 def pack(w: NMSparse) -> Packed:
     """The matrix as the kernels read it: a plane for each kept value of a run, and those of its packed positions."""
     (n_in, out), bits = w.shape, w.index_bits
+    assert not isinstance(w.values, Quantized)  # why_not has asked
     groups = _groups(w)
     run, kept = groups * w.m, groups * w.n
     runs, pairs, group = packing.padded(n_in, out, 1, run)

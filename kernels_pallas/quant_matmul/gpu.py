@@ -47,7 +47,7 @@ def quant_matmul(
     Source: the registers' way to the tensor core is that of Marlin (Frantar et al. 2024, section 3).
     """
     if reason := why_not(x.shape[0], x.dtype, w, transpose=transpose):
-        raise ValueError(f"{reason}; use implementation='reference'")
+        raise ValueError(reason)
     (n, out), width = w.shape, x.shape[1]
     if width != (out if transpose else n):
         raise ValueError(f"x {list(x.shape)} does not multiply W{'.T' if transpose else ''} of {n}x{out}")
@@ -69,7 +69,12 @@ def quant_matmul(
 
 
 def why_not(rows: int, x_dtype: Any, w: Quantized, *, transpose: bool = False) -> str:
-    """The reason why `quant_matmul` does not take this product, or an empty string."""
+    """Why `quant_matmul` does not take this product, and what does; an empty string where it takes it."""
+    reason = _reason(rows, x_dtype, w, transpose)
+    return f"{reason}; use implementation='reference'" if reason else ""
+
+
+def _reason(rows: int, x_dtype: Any, w: Quantized, transpose: bool) -> str:
     if len(w.shape) != 2:
         return f"a stack of matrices {list(w.shape)}: use jax.vmap or index one"
     run, _ = packing.packed_runs(w.bits)
@@ -92,10 +97,11 @@ def pack(w: Quantized, *, parts: int = 1) -> Packed:
         zeros = unpack(w.zeros, w.bits, groups)
         zero_sides = (packing.column_pairs(packing.pad_to(zeros, groups, 2 * pairs)),)
     bits, factor, scale_dtype = w.bits, _factor(w), w.scales.dtype
+    # A mask in a register: an AND and an OR with two immediate operands would be two instructions, so they are one.
+    masks = () if bits == 8 else (jnp.full((1,), 2**bits - 1, jnp.uint16),)
 
     def values(j: int, parity: int, words: Any, sides: Any, constants: Any, spread: Any) -> list[jax.Array]:
-        del constants
-        code = packing.code_of(words, j, parity, bits)
+        code = packing.code_of(words, j, parity, bits, constants[0][0] if constants else None)
         if zero_sides:
             zero = packing.code_of([sides[-1]], 0, parity, 8)
             return [_exact(code, bits) - spread(_exact(zero, bits))]
@@ -110,7 +116,7 @@ def pack(w: Quantized, *, parts: int = 1) -> Packed:
     return Packed(
         planes=packing.packed_planes(w.codes, bits, runs, pairs),
         sides=(*scale_sides, *zero_sides),
-        constants=(),
+        constants=masks,
         run=run,
         runs=runs,
         pairs=pairs,
@@ -131,7 +137,7 @@ def _exact(code: jax.Array, bits: int) -> jax.Array:
     if bits < 8:
         return packing.bf16_bits(code | packing.word16(0x4300))
     low = packing.bf16_bits((code & packing.word16(0x7F)) | packing.word16(0x4300))
-    top = packing.bf16_bits(((code ^ packing.word16(0x80)) & packing.word16(0x80)) | packing.word16(0x4300))
+    top = packing.bf16_bits((code & packing.word16(0x80)) ^ packing.word16(0x4380))
     return low - top
 
 
