@@ -113,10 +113,10 @@ def _softmax(logits: Float[Array, "*any slots"]) -> tuple[Array, Array, Array]:
 
     Products with the powers are divided instead of the powers, which are many more.
     """
-    peak = jnp.max(logits, axis=-1)
-    powers = jnp.exp(logits - peak[..., None])
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    powers = jnp.exp(logits - peak)
     inverse = 1.0 / jnp.sum(powers, axis=-1)
-    return powers, inverse, jnp.where(peak > jnp.finfo(jnp.float32).min, inverse, 0.0)
+    return powers, inverse, jnp.where(peak[..., 0] > jnp.finfo(jnp.float32).min, inverse, 0.0)
 
 
 def _scaled(q: Float[Array, "*any head_dim"]) -> Float[Array, "*any head_dim"]:
