@@ -234,7 +234,17 @@ def measure(arguments: argparse.Namespace, config: DecoderConfig, work: Path) ->
     dense = DENSE not in arguments.without
     ours, our_logits = our_side(OURS, config, params, prompt, new)
     sides = [ours]
-    extra: dict[str, Any] = {"triad GB/s": triad(arguments.threads) / 1e9, "threads": arguments.threads}
+    load = os.getloadavg()[0]
+    if load > arguments.threads + 1:  # this process counts as well
+        print(
+            f"decode: the load is {load:.1f}: other work takes cores and bandwidth, so no figure counts",
+            file=sys.stderr,
+        )
+    extra: dict[str, Any] = {
+        "triad GB/s": triad(arguments.threads) / 1e9,
+        "threads": arguments.threads,
+        "load before the runs": load,
+    }
     bars: dict[str, Bar] = {}
     if PEER not in arguments.without:
         file = work / "model-q4_0.gguf"
