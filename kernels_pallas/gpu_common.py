@@ -40,13 +40,14 @@ def matmul(
     parts, size = (2, BLOCK) if transpose else (packed.run, packed.step)
     arranged = stacked.reshape(-1, steps, size, parts).swapaxes(2, 3).reshape(stacked.shape)
     call = _transposed if transpose else _forward
-    partial = call(arranged, packed, tile, interpret or None)  # [splits, parts, size, rows]
-    product = partial.sum(0).transpose(2, 1, 0).reshape(stacked.shape[0], -1)[: rows * len(terms)]
+    # What a block writes lies together: [splits, parts, row tiles, size, tile rows].
+    partial = call(arranged, packed, tile, interpret or None)
+    product = partial.sum(0).transpose(1, 3, 2, 0).reshape(stacked.shape[0], -1)[: rows * len(terms)]
     return product.reshape(len(terms), rows, -1).sum(0)
 
 
 def _forward(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax.Array:
-    """`[splits, 2, pairs, rows]`: partial sums of the even and the odd outputs."""
+    """`[splits, 2, row tiles, pairs, tile rows]`: partial sums of the even and the odd outputs."""
     size, run, m = packed.step, packed.run, tile.rows
     width = tile.columns // 2
     steps = packed.runs // size // tile.splits
@@ -69,14 +70,14 @@ def _forward(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax.Ar
             words = []
             for ref in planes_smem:
                 # The load that follows the bytes has outputs in pairs down a column; a shuffle turns it.
-                word = plgpu.transpose_ref(ref, (1, 0))[pl.ds(BLOCK * b, BLOCK), :]
+                word = ref.transpose((1, 0))[pl.ds(BLOCK * b, BLOCK), :]
                 words.append(
                     plgpu.layout_cast(plgpu.layout_cast(word, plgpu.Layout.WGMMA_TRANSPOSED), plgpu.Layout.WGMMA)
                 )
             shape = (BLOCK, size)
             constants = [_entries(table, b) for table in tables]
             for j in range(run):
-                right = plgpu.transpose_ref(x_smem.at[:, pl.ds(j * size, size)], (1, 0))
+                right = x_smem.at[:, pl.ds(j * size, size)].transpose((1, 0))
                 for parity, accumulator in accumulators:
                     repeat = functools.partial(spread, shape=shape)
                     for part in packed.values(j, parity, words, sides, constants, repeat):
@@ -127,7 +128,7 @@ def _forward(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax.Ar
         def store(values: Any) -> None:
             for i, value in enumerate(values):
                 where = pl.ds(column * width + BLOCK * (i // 2), BLOCK)
-                out_gmem[split, i % 2, where, pl.ds(row * m, m)] = value
+                out_gmem[split, i % 2, row, where, :] = value
 
         def with_groups(tables: Any) -> Any:
             zero = plgpu.layout_cast(jnp.zeros((BLOCK, m), jnp.float32), plgpu.Layout.WGMMA)
@@ -156,11 +157,11 @@ def _forward(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax.Ar
         product = in_one if packed.scale is None else with_groups
         for i, value in enumerate(_with_tables(product, constants_gmem, column, width)):
             where = pl.ds(column * width + BLOCK * (i // 2), BLOCK)
-            out_gmem[split, i % 2, where, pl.ds(row * m, m)] = value
+            out_gmem[split, i % 2, row, where, :] = value
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tile.splits, 2, packed.pairs, x.shape[0]), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((tile.splits, 2, x.shape[0] // m, packed.pairs, m), jnp.float32),
         grid=(across, tile.splits, x.shape[0] // m),
         grid_names=("columns", "splits", "rows"),
         interpret=interpret,
@@ -168,7 +169,7 @@ def _forward(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax.Ar
 
 
 def _transposed(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax.Array:
-    """`[splits, run, runs, rows]`: partial sums of input `j` of every run."""
+    """`[splits, run, row tiles, runs, tile rows]`: partial sums of input `j` of every run."""
     run, m = packed.run, tile.rows
     steps = packed.pairs // BLOCK // tile.splits
     across = packed.pairs // BLOCK
@@ -195,7 +196,7 @@ def _transposed(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax
                     cut = pl.ds(start, depth)
                     sides = [plgpu.layout_cast(ref[0, cut], column_layout) for ref in sides_smem]
                     for parity in range(2):
-                        right = plgpu.transpose_ref(x_smem.at[:, pl.ds(parity * BLOCK + start, depth)], (1, 0))
+                        right = x_smem.at[:, pl.ds(parity * BLOCK + start, depth)].transpose((1, 0))
                         scale = None if packed.scale is None else spread(packed.scale(parity, sides))
                         for j, accumulator in enumerate(accumulators):
                             parts = packed.values(j, parity, words, sides, constants, spread)
@@ -232,11 +233,11 @@ def _transposed(x: jax.Array, packed: Packed, tile: Tile, interpret: Any) -> jax
             return tuple(ref[...] for ref in accumulators)
 
         for j, value in enumerate(pl.run_scoped(whole, *(_accumulator(m) for _ in range(run)))):
-            out_gmem[split, j, pl.ds(block * BLOCK, BLOCK), pl.ds(row * m, m)] = value
+            out_gmem[split, j, row, pl.ds(block * BLOCK, BLOCK), :] = value
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tile.splits, run, packed.runs, x.shape[0]), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((tile.splits, run, x.shape[0] // m, packed.runs, m), jnp.float32),
         grid=(packed.runs // BLOCK, tile.splits, x.shape[0] // m),
         grid_names=("runs", "splits", "rows"),
         interpret=interpret,
