@@ -5,6 +5,7 @@ from effjax.adapters import add_lora, drop_adapters, partition_adapters
 from effjax.arrays import is_compressed, materialize, nbytes, partition_specs
 from effjax.kv import kv_evict
 from effjax.lift import add_stats, calibrate, lift
+from effjax.prepare import prepare, restore
 from effjax.prune import apply_mask, pack_mask, prune_mask
 from effjax.quantize import merge_adapters, quantize_params
 from effjax.sketch import sketch_params
@@ -31,11 +32,13 @@ __all__ = [
     "partition",
     "partition_adapters",
     "partition_specs",
+    "prepare",
     "prune",
     "prune_mask",
     "quantize",
     "quantize_params",
     "report",
+    "restore",
     "sketch",
     "sketch_params",
     "summary",

@@ -49,7 +49,7 @@ def codebook_matmul(
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
-        >>> w = ej.quantize.NF4(group_size=8).quantize(jnp.eye(8))
+        >>> w = ej.quantize.NF4(block_size=8).quantize(jnp.eye(8))
         >>> codebook_matmul(jnp.ones((1, 8)), w).shape
         (1, 8)
     """

@@ -1,6 +1,6 @@
 """`x @ W` for a 2:4 sparse `W` with values of 4 bits on the CPU: activations are picked by shuffles, in integers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ AMONG = ("auto", "avx512")
 
 def why_not(w: "NMSparse") -> str:
     """Why the kernel does not take `w`, in one sentence; empty where it does."""
-    values = w.values
+    values: Any = w.values
     if len(w.shape) != 2:
         return f"the kernel takes one matrix, not {list(w.shape)}: map it over the leading axes"
     if (w.n, w.m) != (2, 4) or getattr(values, "bits", 0) != 4 or values.zeros is not None:
@@ -60,11 +60,12 @@ def nm_matmul(x: Float[Array, "*batch in"], w: "NMSparse", *, activation_bits: i
         raise ValueError(f"nm_matmul: {reason.removeprefix('nm_matmul: ')}")
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     m, n = rows.shape
-    out, groups, digits = w.shape[-1], w.values.scales.shape[-2], activation_bits // 8
+    values: Any = w.values
+    out, groups, digits = w.shape[-1], values.scales.shape[-2], activation_bits // 8
     results = (
         jax.ShapeDtypeStruct((m, out), jnp.float32),
         jax.ShapeDtypeStruct((scratch_bytes(m, n, n // groups, RUN, digits),), jnp.uint8),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxNmMatmul"), results, vmap_method="sequential")
-    y, _ = call(rows, w.values.codes, w.indices, w.values.scales.astype(jnp.float32), digits=np.int64(digits))
+    y, _ = call(rows, values.codes, w.indices, values.scales.astype(jnp.float32), digits=np.int64(digits))
     return y.reshape(*x.shape[:-1], out)

@@ -28,8 +28,13 @@ struct Portable {
   static void Store(uint8_t* p, I x) { std::memcpy(p, &x, 16); }
   static I Or(I a, I b) { return a | b; }
 
-  static I FieldAt(I x, int shift, int bits) { return (x >> shift) & static_cast<uint8_t>((1 << bits) - 1); }
-  static I HighPart(I x, int up, int bits) { return (x << up) & static_cast<uint8_t>((1 << bits) - 1); }
+  static I Splat(int byte) {
+    I x;
+    std::memset(&x, byte, 16);
+    return x;
+  }
+  static I FieldAt(I x, int shift, int bits) { return (x >> Splat(shift)) & Splat((1 << bits) - 1); }
+  static I HighPart(I x, int up, int bits) { return (x << Splat(up)) & Splat((1 << bits) - 1); }
 
   static void Interleave(const I (&r)[4], I (&q)[4]) {
     for (int v = 0; v < 4; ++v) {

@@ -8,6 +8,7 @@ from effjax.arrays.low_rank import LowRank
 from effjax.arrays.nm_sparse import NMSparse
 from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.arrays.permuted import Permuted
+from effjax.arrays.prepared import Prepared
 from effjax.arrays.quantized import Quantized
 from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sharding import partition_specs
@@ -22,6 +23,7 @@ __all__ = [
     "LowRank",
     "NMSparse",
     "Permuted",
+    "Prepared",
     "Quantized",
     "RowScaled",
     "Sum",

@@ -18,6 +18,7 @@ KINDS: tuple[type[CompressedArray], ...] = (
     arrays.LowRank,
     arrays.NMSparse,
     arrays.Permuted,
+    arrays.Prepared,
     arrays.Quantized,
     arrays.RowScaled,
     arrays.Sum,

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from effjax.arrays.base import CompressedArray
@@ -93,9 +94,21 @@ def estimates(
     else:
         found["reference"] = stream + 2 * dense / machine.bandwidth + arithmetic
     name = PLATFORMS[platform]
-    if kernel(name, w) is not None:
+    if kernel(name, w) is not None and not unfit(platform):
         found[name] = max(stream, 0.9 * arithmetic)
     return {name: t for name, t in found.items() if not why_not(name, rows, x_dtype, w, transpose=transpose)}
+
+
+def unfit(platform: str) -> str:
+    """Why the kernels of a platform are not chosen unasked, in one sentence; empty where they are."""
+    if platform != "cuda":
+        return ""
+    try:
+        found = [getattr(device, "compute_capability", "") for device in jax.local_devices(backend="gpu")]
+    except RuntimeError:
+        return "no GPU is attached, and the kernels are for Hopper: name implementation='gpu' to compile them"
+    other = sorted({capability for capability in found if not capability.startswith("9.")})
+    return f"the kernels are for Hopper, and a GPU here has compute capability {other[0]}" if other else ""
 
 
 def explain(w: CompressedArray, rows: int, x_dtype: Any = jnp.float32, *, transpose: bool = False) -> str:
@@ -115,7 +128,8 @@ def explain(w: CompressedArray, rows: int, x_dtype: Any = jnp.float32, *, transp
             if name in times:
                 figure, note = f"{times[name] * 1e6:.1f}", "yes" if name == best else ""
             else:
-                figure, note = "", why_not(name, rows, x_dtype, w, transpose=transpose)
+                figure = ""
+                note = why_not(name, rows, x_dtype, w, transpose=transpose) or unfit(platform)
             lines.append(f"{platform:<9} {name:<15} {figure:>11}  {note}".rstrip())
     return "\n".join(lines)
 

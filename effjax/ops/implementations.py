@@ -1,6 +1,7 @@
-"""The implementations of a product with a compressed matrix, and the rule that chooses one: never slower than dense."""
+"""The hand-written kernels of compressed products: what each takes, and how it is called."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import jax
 
 import kernels_cpu
 from effjax.arrays.codebook import Codebook
+from effjax.arrays.hashed import Hashed
 from effjax.arrays.nm_sparse import NMSparse
 from effjax.arrays.quantized import Quantized
 from kernels_cpu import codebook_matmul, nm_matmul, quant_matmul
@@ -50,10 +52,39 @@ class CpuKernel:
         return self.product(x, w, activation_bits=activation_bits or (24 if x.dtype.itemsize == 4 else 16))
 
 
+@dataclasses.dataclass(frozen=True)
+class PallasKernel:
+    """A kernel of `kernels_pallas`; its module is loaded when a program for its platform is made, not before."""
+
+    module: str
+    name: str
+
+    def why_not(self, rows: int, x_dtype: Any, w: Any, *, transpose: bool) -> str:
+        return importlib.import_module(self.module).why_not(rows, x_dtype, w, transpose=transpose)
+
+    def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
+        del activation_bits  # products are of bfloat16 or float32
+        product = getattr(importlib.import_module(self.module), self.name)
+        y = product(x.reshape(-1, x.shape[-1]), w, transpose=transpose)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _pallas(platform: str) -> dict[type, Kernel]:
+    names = {
+        Quantized: "quant_matmul",
+        Codebook: "codebook_matmul",
+        NMSparse: "nm_matmul",
+        Hashed: "hashed_matmul",
+    }
+    return {kind: PallasKernel(f"kernels_pallas.{name}.{platform}", name) for kind, name in names.items()}
+
+
 KERNELS: dict[str, dict[type, Kernel]] = {
     "cpu": {
         Quantized: CpuKernel(quant_matmul.why_not, quant_matmul.quant_matmul),
         Codebook: CpuKernel(codebook_matmul.why_not, codebook_matmul.codebook_matmul, integer=False),
         NMSparse: CpuKernel(nm_matmul.why_not, nm_matmul.nm_matmul),
     },
+    "tpu": _pallas("tpu"),
+    "gpu": _pallas("gpu"),
 }

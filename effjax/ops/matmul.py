@@ -14,13 +14,14 @@ from effjax import _compat
 from effjax.arrays.base import CompressedArray
 from effjax.arrays.low_rank import LowRank
 from effjax.arrays.permuted import Permuted
+from effjax.arrays.prepared import Prepared
 from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sum import Sum
 from effjax.ops import dispatch
 from effjax.ops.dispatch import block_rows
 from effjax.ops.platform import platform_operation
 
-Implementation = Literal["reference", "blocked", "cpu"]
+Implementation = Literal["reference", "blocked", "cpu", "tpu", "gpu"]
 
 
 @partial(jax.jit, static_argnames=("transpose", "precision", "out_dtype", "implementation", "activation_bits"))
@@ -68,6 +69,8 @@ def matmul(
     out_dtype = jnp.result_type(x, w.dtype) if out_dtype is None else jnp.dtype(out_dtype)
     if activation_bits not in (None, 8, 16, 24):
         raise ValueError(f"matmul: activation_bits must be None, 8, 16 or 24, found {activation_bits!r}")
+    if isinstance(w, Prepared):
+        w, activation_bits = w.array, activation_bits or w.activation_bits
     product = partial(matmul, precision=precision, activation_bits=activation_bits, transpose=transpose)
     if isinstance(w, Sum):
         parts = [product(x, part, out_dtype=jnp.float32) for part in w.parts]

@@ -101,6 +101,16 @@ def n_of_m(n: int, m: int) -> Callable[..., Any]:
     return make
 
 
+def quantized_2_of_4(w: jax.Array) -> arrays.NMSparse:
+    sparse = n_of_m(2, 4)(w)
+    return sparse.replace(values=ej.quantize.RTN(bits=4, group_size=16, symmetric=True).quantize(sparse.values))
+
+
+def prepared(w: jax.Array) -> arrays.Prepared:
+    leaf = ej.quantize.NF4(block_size=32).quantize(w)
+    return ej.prepare({"kernel": leaf}, activation_bits=16)["kernel"]
+
+
 def low_rank(rank: int) -> Callable[..., Any]:
     return lambda w: arrays.LowRank(a=w[..., :, :rank], b=w[..., :rank, :] / 4, dtype=np.dtype(w.dtype))
 
@@ -163,6 +173,8 @@ ARRAYS = (
     ArrayCase(name="hashed", make=hashed(512, 1), matrix_bytes=4, shared_bytes=512, sharded=()),
     ArrayCase(name="hashed in blocks", make=hashed(500, 8), matrix_bytes=4, shared_bytes=500, sharded=()),
     ArrayCase(name="2:4", make=n_of_m(2, 4), matrix_bytes=64 * 2 // 8 * 32, shared_bytes=64 * 32),
+    ArrayCase(name="2:4 of 4 bits", make=quantized_2_of_4, matrix_bytes=(32 + 16 + 4 * 2) * 32),
+    ArrayCase(name="prepared", make=prepared, matrix_bytes=(64 + 4 * 4) * 32 + 4 * 16),
     ArrayCase(name="1:3", make=n_of_m(1, 3), inputs=96, matrix_bytes=32 * 2 // 8 * 32, shared_bytes=32 * 32),
     ArrayCase(
         name="adapter",

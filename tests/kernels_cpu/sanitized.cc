@@ -1,0 +1,226 @@
+// Runs every variant of the kernels on buffers of exactly their size, compares with plain loops, for the sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "codebook_matmul.h"
+#include "cpu.h"
+#include "nm_matmul.h"
+#include "quant_matmul.h"
+#include "variants.h"
+
+namespace {
+
+using effjax::CodebookKernel;
+using effjax::NmKernel;
+using effjax::QuantKernel;
+
+std::mt19937 generator(7);
+int failures = 0, cases = 0;
+
+int64_t Draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+float Normal() { return std::normal_distribution<float>()(generator); }
+
+// Memory of exactly n elements, so that one element further is not ours.
+template <typename T>
+struct Exact {
+  explicit Exact(int64_t n) : data(new T[static_cast<size_t>(n)]()) {}
+  T* get() { return data.get(); }
+  T& operator[](int64_t i) { return data[static_cast<size_t>(i)]; }
+  std::unique_ptr<T[]> data;
+};
+
+void PutCode(uint8_t* codes, int64_t stride, int64_t column, int64_t index, int bits, unsigned code) {
+  for (int b = 0; b < bits; ++b) {
+    const int64_t bit = index * bits + b;
+    if (code >> b & 1) codes[bit / 8 * stride + column] |= static_cast<uint8_t>(1u << bit % 8);
+  }
+}
+
+void Compare(const char* name, float got, double expected, double magnitude, double tolerance) {
+  if (!(std::abs(got - expected) <= tolerance * (magnitude + 1e-30))) {
+    ++failures;
+    if (failures < 10) std::printf("%s: %g instead of %g\n", name, static_cast<double>(got), expected);
+  }
+}
+
+void RunQuant(const char* name, const QuantKernel* kernel) {
+  for (int i = 0; i < 40; ++i, ++cases) {
+    effjax::QuantProblem p = {};
+    const int bits = static_cast<int>(Draw(1, 8));
+    p.bits = bits;
+    p.x.run = effjax::RunOf(bits);
+    p.x.per_byte = 8 % bits == 0 ? 8 / bits : 1;
+    const int64_t groups = Draw(1, 3);
+    p.x.group_size = groups == 1 ? Draw(1, 600) : p.x.run * Draw(1, 10);
+    p.x.in = groups * p.x.group_size;
+    p.x.rows = Draw(1, 9);
+    p.x.digits = static_cast<int32_t>(Draw(1, 3));
+    p.out = Draw(1, 150);
+    Exact<uint8_t> codes((p.x.in * bits + 7) / 8 * p.out), zeros((groups * bits + 7) / 8 * p.out);
+    Exact<float> scales(groups * p.out), x(p.x.rows * p.x.in), y(p.x.rows * p.out);
+    std::vector<double> w(static_cast<size_t>(p.x.in * p.out));
+    std::vector<unsigned> zero(static_cast<size_t>(groups * p.out));
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        scales[g * p.out + o] = Normal();
+        zero[static_cast<size_t>(g * p.out + o)] = static_cast<unsigned>(Draw(0, (1 << bits) - 1));
+        PutCode(zeros.get(), p.out, o, g, bits, zero[static_cast<size_t>(g * p.out + o)]);
+      }
+    }
+    for (int64_t k = 0; k < p.x.in; ++k) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        const unsigned code = static_cast<unsigned>(Draw(0, (1 << bits) - 1));
+        PutCode(codes.get(), p.out, o, k, bits, code);
+        const int64_t g = k / p.x.group_size * p.out + o;
+        w[static_cast<size_t>(k * p.out + o)] =
+            double{scales[g]} * (static_cast<double>(code) - zero[static_cast<size_t>(g)]);
+      }
+    }
+    for (int64_t k = 0; k < p.x.rows * p.x.in; ++k) x[k] = Normal();
+    Exact<uint8_t> scratch(Arrange(&p.x));
+    Place(&p.x, scratch.get());
+    p.codes = codes.get();
+    p.scales = scales.get();
+    p.zeros = zeros.get();
+    p.zero_kind = effjax::kPacked;
+    p.y = y.get();
+    for (int64_t m = 0; m < p.x.rows; ++m) kernel->digits(p.x, x.get(), m);
+    for (int64_t begin = 0; begin < p.out; begin += 64) kernel->columns(p, begin, begin + 64 < p.out ? begin + 64 : p.out);
+    const double tolerance = p.x.digits == 1 ? 0.03 : p.x.digits == 2 ? 2e-4 : 5e-6;
+    for (int64_t m = 0; m < p.x.rows; ++m) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        double sum = 0, magnitude = 0;
+        for (int64_t k = 0; k < p.x.in; ++k) {
+          const int64_t g = k / p.x.group_size * p.out + o;
+          sum += double{x[m * p.x.in + k]} * w[static_cast<size_t>(k * p.out + o)];
+          // Codes and zero points are multiplied apart, so their own magnitude bounds the rounding.
+          magnitude += std::abs(double{x[m * p.x.in + k]} * scales[g]) * (1 << bits);
+        }
+        Compare(name, y[m * p.out + o], sum, magnitude, tolerance);
+      }
+    }
+  }
+}
+
+void RunCodebook(const char* name, const CodebookKernel* kernel) {
+  for (int i = 0; i < 40; ++i, ++cases) {
+    effjax::CodebookProblem p = {};
+    const int bits = static_cast<int>(Draw(1, 8));
+    p.bits = bits;
+    const int64_t fields = effjax::FieldsOf(bits), chunk = kernel->lanes * fields, groups = Draw(1, 2);
+    p.in = groups == 1 ? Draw(1, 500) : groups * fields * Draw(1, 8);
+    p.rows = Draw(0, 2) == 0 ? 1 : Draw(2, 70);
+    p.out = Draw(1, 90);
+    p.entries = bits == 1 ? 2 : Draw((1 << (bits - 1)) + 1, 1 << bits);
+    p.out_groups = Draw(0, 1) == 0 ? 1 : p.out;
+    p.table_inputs = p.in;
+    p.table_outputs = p.out / p.out_groups;
+    p.group_size = p.in / groups;
+    Exact<uint8_t> codes((p.in * bits + 7) / 8 * p.out);
+    Exact<float> tables(p.out_groups * p.entries), scales(groups * p.out), x(p.rows * p.in), y(p.rows * p.out);
+    for (int64_t k = 0; k < p.out_groups * p.entries; ++k) tables[k] = Normal();
+    for (int64_t k = 0; k < groups * p.out; ++k) scales[k] = Normal();
+    for (int64_t k = 0; k < p.rows * p.in; ++k) x[k] = Normal();
+    std::vector<double> w(static_cast<size_t>(p.in * p.out));
+    for (int64_t k = 0; k < p.in; ++k) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        const int64_t code = Draw(0, p.entries - 1);
+        PutCode(codes.get(), p.out, o, k, bits, static_cast<unsigned>(code));
+        w[static_cast<size_t>(k * p.out + o)] =
+            double{tables[o / p.table_outputs * p.entries + code]} * scales[k / p.group_size * p.out + o];
+      }
+    }
+    p.chunks = (p.in + chunk - 1) / chunk;
+    Exact<float> ordered(p.rows * p.chunks * chunk);
+    p.codes = codes.get();
+    p.tables = tables.get();
+    p.scales = scales.get();
+    p.ordered = ordered.get();
+    p.y = y.get();
+    for (int64_t m = 0; m < p.rows; ++m) kernel->order(p, x.get(), m);
+    for (int64_t begin = 0; begin < p.out; begin += 64) kernel->columns(p, begin, begin + 64 < p.out ? begin + 64 : p.out);
+    for (int64_t m = 0; m < p.rows; ++m) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        double sum = 0, magnitude = 0;
+        for (int64_t k = 0; k < p.in; ++k) {
+          const double product = double{x[m * p.in + k]} * w[static_cast<size_t>(k * p.out + o)];
+          sum += product;
+          magnitude += std::abs(product);
+        }
+        Compare(name, y[m * p.out + o], sum, magnitude, 5e-6);
+      }
+    }
+  }
+}
+
+void RunSparse(const char* name, const NmKernel* kernel) {
+  for (int i = 0; i < 40; ++i, ++cases) {
+    effjax::NmProblem p = {};
+    const int64_t groups = Draw(1, 3);
+    p.x.run = 16;
+    p.x.per_byte = 1;
+    p.x.group_size = 16 * Draw(1, 20);
+    p.x.in = groups * p.x.group_size;
+    p.x.rows = Draw(1, 5);
+    p.x.digits = static_cast<int32_t>(Draw(1, 3));
+    p.out = Draw(1, 150);
+    Exact<uint8_t> codes(p.x.in / 4 * p.out), indices(p.x.in / 8 * p.out);
+    Exact<float> scales(groups * p.out), x(p.x.rows * p.x.in), y(p.x.rows * p.out);
+    for (int64_t k = 0; k < groups * p.out; ++k) scales[k] = Normal();
+    for (int64_t k = 0; k < p.x.rows * p.x.in; ++k) x[k] = Normal();
+    std::vector<double> w(static_cast<size_t>(p.x.in * p.out));
+    for (int64_t k = 0; k < p.x.in / 2; ++k) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        const unsigned code = static_cast<unsigned>(Draw(0, 15)), place = static_cast<unsigned>(Draw(0, 1) + k % 2 * 2);
+        PutCode(codes.get(), p.out, o, k, 4, code);
+        PutCode(indices.get(), p.out, o, k, 2, place);
+        const int64_t input = k / 2 * 4 + place;
+        w[static_cast<size_t>(input * p.out + o)] =
+            double{scales[input / p.x.group_size * p.out + o]} * (static_cast<double>(code) - 8);
+      }
+    }
+    Exact<uint8_t> scratch(Arrange(&p.x));
+    Place(&p.x, scratch.get());
+    p.codes = codes.get();
+    p.indices = indices.get();
+    p.scales = scales.get();
+    p.y = y.get();
+    for (int64_t m = 0; m < p.x.rows; ++m) kernel->digits(p.x, x.get(), m);
+    for (int64_t begin = 0; begin < p.out; begin += 64) kernel->columns(p, begin, begin + 64 < p.out ? begin + 64 : p.out);
+    const double tolerance = p.x.digits == 1 ? 0.03 : p.x.digits == 2 ? 2e-4 : 5e-6;
+    for (int64_t m = 0; m < p.x.rows; ++m) {
+      for (int64_t o = 0; o < p.out; ++o) {
+        double sum = 0, magnitude = 0;
+        for (int64_t k = 0; k < p.x.in; ++k) {
+          const double product = double{x[m * p.x.in + k]} * w[static_cast<size_t>(k * p.out + o)];
+          sum += product;
+          magnitude += std::abs(double{x[m * p.x.in + k]} * scales[k / p.x.group_size * p.out + o]) * 8;
+        }
+        Compare(name, y[m * p.out + o], sum, magnitude, tolerance);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  RunQuant("quant portable", effjax::kQuantPortable);
+  RunCodebook("codebook portable", effjax::kCodebookPortable);
+  if (effjax::HasAvx2() && effjax::kQuantAvx2) {
+    RunQuant("quant avx2", effjax::kQuantAvx2);
+    RunCodebook("codebook avx2", effjax::kCodebookAvx2);
+  }
+  if (effjax::HasAvx512() && effjax::kQuantAvx512) {
+    RunQuant("quant avx512", effjax::kQuantAvx512);
+    RunCodebook("codebook avx512", effjax::kCodebookAvx512);
+    RunSparse("nm avx512", effjax::kNmAvx512);
+  }
+  if (effjax::HasI8mm() && effjax::kQuantI8mm) RunQuant("quant i8mm", effjax::kQuantI8mm);
+  std::printf("%d cases, %d numbers off\n", cases, failures);
+  return failures != 0;
+}
