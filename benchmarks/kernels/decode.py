@@ -20,9 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from rich.table import Table
 
 import effjax as ej
 from benchmarks.bars import Bar, conclude
+from benchmarks.kernels.stream import triad
 from benchmarks.peers.llama_cpp import Worker, environment
 from effjax.errors import EffjaxError
 from effjax.io.formats.gguf_model import write_model
@@ -123,28 +122,6 @@ def llama_side(worker: Worker, file: Path, config: DecoderConfig, prompt: list[i
     table = 4 * config.vocab_size * config.hidden_size
     cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (len(prompt) + new + 1)
     return Side(name=PEER, run=run, bytes_per_token=file.stat().st_size - table + cache)
-
-
-def triad(threads: int, *, size: int = 1 << 25, repeats: int = 7) -> float:
-    """Bytes a second of `a = b + s * c` on float32 arrays beyond any cache, counted as STREAM does: two read, one
-    written."""
-    b, c, a = (np.full(size, value, np.float32) for value in (1.0, 2.0, 0.0))
-    block = 1 << 14  # the product of a block stays in the first-level cache
-
-    def part(index: int) -> None:
-        product = np.empty(block, np.float32)
-        for start in range(index * size // threads, (index + 1) * size // threads, block):
-            span = slice(start, start + block)
-            np.multiply(c[span], np.float32(3), out=product)
-            np.add(b[span], product, out=a[span])
-
-    times = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            began = time.perf_counter()
-            list(pool.map(part, range(threads)))
-            times.append(time.perf_counter() - began)
-    return 3 * 4 * size / min(times)
 
 
 def take_turns(sides: list[Side], repeats: int) -> dict[str, list[Run]]:
