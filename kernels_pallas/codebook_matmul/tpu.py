@@ -160,7 +160,9 @@ def _tables(w: Codebook, tile: Tile) -> Operand:
         tables = pad_to(tables, count, 1, round_up(entries, LANES))
         block = (count, 1, tables.shape[-1])
     else:
-        if tables.shape[-2] != out:
+        if tables.shape[-2] == 1:
+            tables = jnp.repeat(tables, tile.out, axis=-2)  # one block that serves all
+        elif tables.shape[-2] != out:
             tables = jnp.repeat(tables, out // tables.shape[-2], axis=-2)
         if how == "turned":
             tables = pad_to(tables, count, tile.out, round_up(entries, LANES))
@@ -172,7 +174,8 @@ def _tables(w: Codebook, tile: Tile) -> Operand:
 
     def at(k: Any, j: Any) -> tuple[Any, ...]:
         group = 0 if not grouped else k if part == 1 else lax.div(k, jnp.int32(part))
-        return {"lanes": (group, 0, 0), "sublanes": (group, 0, j), "turned": (group, j, 0)}[how]
+        column = 0 if w.tables.shape[-2] == 1 else j
+        return (group, column, 0) if how == "turned" else (group, 0, column)
 
     return Operand(array=tables, block=block, at=at)
 

@@ -16,13 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from effjax.arrays.base import CompressedArray
 from effjax.arrays.nm_sparse import NMSparse
-from kernels_pallas.frame import Operand, Weights, live_weights, multiply
+from kernels_pallas.frame import Operand, Weights, best_span, live_weights, multiply
 from kernels_pallas.words import LANES, SUBLANES, Stream, pad_to, round_up, strided, to_columns
 
 MOST_GROUP = 32
 MOST_SPAN = 2048
-TILE_WEIGHTS = 2**19
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,14 +79,15 @@ def choose_tile(rows: int, x_dtype: Any, w: NMSparse, *, transpose: bool = False
         >>> dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
         >>> w = jax.eval_shape(lambda w: NMSparse.from_dense(w, w != 0, n=2, m=4), dense)
         >>> choose_tile(1, jnp.bfloat16, w)
-        Tile(rows=8, span=256, spans=4, out=512)
+        Tile(rows=8, span=1024, spans=1, out=512)
     """
     del transpose
     n, out = w.shape
-    span, columns = _span(w), min(512, round_up(out, LANES))
+    unit = _span(w)
+    span = best_span(n, range(unit, max(unit, 1024) + 1, unit))
     single = jnp.dtype(x_dtype) == jnp.float32
-    spans = max(1, min(TILE_WEIGHTS // (columns * span), round_up(n, span) // span))
-    return Tile(rows=min(256 if single else 512, round_up(rows, 8)), span=span, spans=spans, out=columns)
+    most = 256 if single else 512
+    return Tile(rows=min(most, round_up(rows, 8)), span=span, spans=1, out=min(512, round_up(out, LANES)))
 
 
 def vmem_bytes(tile: Tile, x_dtype: Any, w: NMSparse, *, transpose: bool = False) -> int:
@@ -113,6 +114,8 @@ def why_not(rows: int, x_dtype: Any, w: NMSparse, *, transpose: bool = False) ->
         return f"a stack of matrices {list(w.shape)}: map over the leading axes"
     if jnp.dtype(x_dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"activations in {jnp.dtype(x_dtype).name}: only bfloat16 and float32"
+    if isinstance(w.values, CompressedArray):
+        return "values that are quantized themselves: only floating ones"
     if w.values.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"values in {w.values.dtype.name}: only bfloat16 and float32"
     if rows < 1:
@@ -166,6 +169,7 @@ def nm_matmul(
 def _weights(x: jax.Array, w: NMSparse, tile: Tile, transpose: bool) -> Weights:
     period, halves = _period(w), w.values.dtype == jnp.bfloat16
     periods = tile.span // period.inputs
+    assert not isinstance(w.values, CompressedArray)  # why_not has said so
     rows = tile.inputs // w.m * w.n
     index_rows = rows * w.index_bits // 8
     # Only a matrix smaller than a block is filled up, and one whose last pair of values is no pair.

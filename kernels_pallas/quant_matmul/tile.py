@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from effjax.arrays.quantized import Quantized
-from kernels_pallas.frame import live_weights
+from kernels_pallas.frame import best_span, live_weights
 from kernels_pallas.words import LANES, Stream, round_up
 
 MOST_PRODUCT_ROWS = 128  # rows of the matrix unit that a decode step may fill, all groups of a span together
@@ -49,11 +49,11 @@ def span_of(w: Quantized, preferred: int) -> int:
     n, groups = w.shape[-2], w.scales.shape[-2]
     size = n // groups
     if groups == 1:
-        return max(unit, min(preferred, round_up(n, unit)) // unit * unit)
-    if size % unit == 0:
-        return max(k for k in range(unit, size + 1, unit) if size % k == 0 and (k == unit or k <= preferred))
-    whole = math.lcm(unit, size)
-    return whole * max(1, min(preferred, n) // whole)
+        return best_span(n, range(unit, max(unit, preferred) + 1, unit))
+    whole = math.lcm(unit, size)  # multiples of it hold whole groups; what divides a group lies within one
+    most = max(preferred, unit if size % unit == 0 else whole)
+    fitting = [span for span in range(unit, most + 1, unit) if span % size == 0 or size % span == 0]
+    return best_span(n, fitting)
 
 
 def choose_tile(rows: int, x_dtype: Any, w: Quantized, *, transpose: bool = False) -> Tile:
@@ -64,13 +64,13 @@ def choose_tile(rows: int, x_dtype: Any, w: Quantized, *, transpose: bool = Fals
         >>> rtn = ej.quantize.RTN(bits=4, group_size=128)
         >>> w = jax.eval_shape(rtn.quantize, jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16))
         >>> choose_tile(1, jnp.bfloat16, w)
-        Tile(rows=8, span=128, spans=16, out=512, scale_on='products')
+        Tile(rows=8, span=128, spans=8, out=1024, scale_on='products')
         >>> choose_tile(2048, jnp.bfloat16, w)
-        Tile(rows=512, span=128, spans=8, out=512, scale_on='weights')
+        Tile(rows=512, span=1024, spans=1, out=512, scale_on='weights')
     """
     n, out = w.shape
     single = jnp.dtype(x_dtype) == jnp.float32
-    columns = min(512, round_up(out, LANES))
+    columns = min(1024 if out >= 2048 else 512, round_up(out, LANES))
     narrow = span_of(w, 128 if w.scales.shape[-2] > 1 else 512)
     stacked = round_up(3 * rows if single else rows, 8)
     groups = max(1, narrow // w.group_size) if w.scales.shape[-2] > 1 else 1
@@ -82,11 +82,11 @@ def choose_tile(rows: int, x_dtype: Any, w: Quantized, *, transpose: bool = Fals
             out=columns,
             scale_on="products",
         )
-    span = span_of(w, 256)
+    span, columns = span_of(w, 1024), min(512, columns)
     return Tile(
         rows=min(256 if single else 512, round_up(rows, 8)),
         span=span,
-        spans=_spans(w, span, TILE_WEIGHTS // (2 * columns)),
+        spans=1,
         out=columns,
         scale_on="weights",
     )

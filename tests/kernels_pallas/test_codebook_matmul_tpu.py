@@ -10,10 +10,10 @@ from kernels_pallas.codebook_matmul.tpu import codebook_matmul, why_not
 from tests.kernels_pallas.oracles import assert_product, codebook
 
 CASES = {
-    "one table, scales": (dict(n=512, out=136, entries=16, scales=8), "lanes", "float32", False),
+    "one table, scales": (dict(n=512, out=136, entries=16, scales=8), "sublanes", "float32", False),
     "one table, two levels of scales": (
         dict(n=256, out=128, entries=15, scales=16, global_scale=3.0, scale_dtype=jnp.float8_e4m3fn),
-        "lanes",
+        "sublanes",
         "float32",
         True,
     ),

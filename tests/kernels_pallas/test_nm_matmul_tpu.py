@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.nm_matmul.tpu import Tile, nm_matmul, why_not
-from tests.kernels_pallas.oracles import assert_product, nm_sparse
+from tests.kernels_pallas.oracles import assert_product, nm_sparse, quantized
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,6 @@ def test_what_is_refused():
     half = nm_sparse(64, 8, n=2, m=4, dtype=jnp.float16)
     assert why_not(1, jnp.bfloat16, half) == "values in float16: only bfloat16 and float32"
     assert why_not(0, jnp.bfloat16, nm_sparse(64, 8, n=2, m=4)) == "no rows"
+    coded = half.replace(values=quantized(32, 8, bits=4))
+    assert why_not(1, jnp.bfloat16, coded) == "values that are quantized themselves: only floating ones"
     assert "whole registers only every 5376 inputs" in why_not(1, jnp.float32, nm_sparse(42, 8, n=5, m=21))
