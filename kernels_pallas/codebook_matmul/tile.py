@@ -78,7 +78,7 @@ def choose_tile(rows: int, x_dtype: Any, w: Codebook, *, transpose: bool = False
         >>> import effjax as ej, jax
         >>> w = jax.eval_shape(ej.quantize.NF4().quantize, jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16))
         >>> choose_tile(1, jnp.bfloat16, w)
-        Tile(rows=8, span=1024, spans=1, out=512)
+        Tile(rows=8, span=1024, spans=2, out=256)
     """
     del transpose
     n, out = w.shape
