@@ -7,11 +7,14 @@ import pkgutil
 import pytest
 
 import effjax
+import kernels_cpu
+import kernels_pallas
 
-MODULES = sorted(m.name for m in pkgutil.walk_packages(effjax.__path__, "effjax."))
+PACKAGES = (effjax, kernels_cpu, kernels_pallas)
+MODULES = sorted(m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}."))
 
 
-@pytest.mark.parametrize("name", ["effjax", *MODULES])
+@pytest.mark.parametrize("name", ["effjax", *(name for name in MODULES if not name.endswith("__main__"))])
 def test_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
