@@ -5,33 +5,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.arrays.base import CompressedArray, PyTree, is_compressed
+from effjax.arrays.base import CompressedArray, PyTree
 from effjax.arrays.codebook import Codebook
 from effjax.arrays.nm_sparse import NMSparse
-from effjax.arrays.permuted import Permuted
-from effjax.arrays.prepared import Prepared
-from effjax.arrays.row_scaled import RowScaled
-from effjax.arrays.sum import Sum
+from effjax.arrays.prepared import TILE, Prepared, is_matrix, to_tiles
+from effjax.arrays.quantized import Quantized
 from effjax.errors import LeafError
+
+READY = (Quantized, Codebook, NMSparse)  # what there are kernels for
 
 
 def prepare(params: PyTree, *, activation_bits: int | None = None) -> PyTree:
-    """Compressed leaves in the form that products read fastest; pure, and undone by `restore`.
+    """Compressed leaves in the form that products read fastest on the CPU; pure, and undone by `restore`.
 
-    Every product works without it. What it changes: tables and scales of codebooks and of sparse weights become
-    float32, which they are converted to at every product otherwise; and `activation_bits=8` asks for products that
-    quantize their activations to int8, which dense and restored weights never do on their own. Codes stay as they lie:
-    the kernels read the packing of the leaves (`docs/kernels-cpu.md`).
+    Every product works without it. What it changes: the fields of a matrix whose outputs 64 divides are put in tiles of
+    64 columns, which a product of one row reads from one end to the other; tables and scales of codebooks and sparse
+    weights become float32, which they are converted to at every product otherwise; and `activation_bits=8` asks for
+    products that quantize their activations to int8, which nothing does on its own. Tiled leaves are for one device and
+    for running: gradients and other platforms undo the tiles at every product.
 
     Args:
-        params: pytree; dense leaves stay as they are. Works under `jit`, `eval_shape` and `vmap`.
+        params: pytree; dense leaves and other compressed ones stay as they are. Works under `jit` and `eval_shape`.
         activation_bits: 8, 16, 24, or None for those of the dtype of the activations (`effjax.ops.matmul`).
 
     Returns:
-        The same tree with `Prepared` leaves, which `lift`, `materialize` and shardings take like any others.
+        The same tree with `Prepared` leaves, which `lift`, `materialize` and files take like any others.
 
     Raises:
-        LeafError: nothing in the tree is compressed, or a leaf is prepared already.
+        LeafError: nothing in the tree can be prepared, or something is already.
+        ValueError: activation_bits out of range.
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
@@ -42,13 +44,16 @@ def prepare(params: PyTree, *, activation_bits: int | None = None) -> PyTree:
     """
     if activation_bits not in (None, 8, 16, 24):
         raise ValueError(f"prepare: activation_bits must be None, 8, 16 or 24, found {activation_bits!r}")
-    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
-    if not any(map(is_compressed, leaves)):
-        raise LeafError(f"prepare: none of the {len(leaves)} leaves is compressed; quantize_params comes first")
+    leaves = jax.tree.leaves(params, is_leaf=_stops)
     if any(isinstance(leaf, Prepared) for leaf in leaves):
         raise LeafError("prepare: some leaves are prepared already; call ej.restore(params) first")
+    if not any(isinstance(leaf, READY) for leaf in leaves):
+        raise LeafError(
+            f"prepare: none of the {len(leaves)} leaves is quantized, a codebook or n:m sparse; quantize_params comes "
+            "first"
+        )
     return jax.tree.map(
-        lambda leaf: _prepared(leaf, activation_bits) if is_compressed(leaf) else leaf, params, is_leaf=is_compressed
+        lambda leaf: _prepared(leaf, activation_bits) if isinstance(leaf, READY) else leaf, params, is_leaf=_stops
     )
 
 
@@ -62,28 +67,23 @@ def restore(params: PyTree) -> PyTree:
         >>> all(map(jnp.array_equal, jax.tree.leaves(back), jax.tree.leaves(params)))
         True
     """
-    return jax.tree.map(
-        lambda leaf: leaf.restore() if isinstance(leaf, Prepared) else leaf, params, is_leaf=is_compressed
-    )
+    return jax.tree.map(lambda leaf: leaf.restore() if isinstance(leaf, Prepared) else leaf, params, is_leaf=_stops)
+
+
+def _stops(x: Any) -> bool:
+    # Also inside of sums, and of leaves that wrap another.
+    return isinstance(x, (*READY, Prepared))
 
 
 def _prepared(leaf: CompressedArray, activation_bits: int | None) -> Prepared:
+    tiled = leaf.shape[-1] % TILE == 0
+    narrow = isinstance(leaf, Codebook | NMSparse)
+    bulk = leaf.values if isinstance(leaf, NMSparse) else None  # floating values stay in their dtype
+
+    def ready(field: jax.Array) -> jax.Array:
+        if narrow and field is not bulk and jnp.issubdtype(field.dtype, jnp.inexact):
+            field = field.astype(jnp.float32)
+        return to_tiles(field) if tiled and is_matrix(field, leaf) else field
+
     stored = tuple(x.dtype.name for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.inexact))
-    return Prepared(array=_widened(leaf), stored=stored, activation_bits=activation_bits)
-
-
-def _widened(leaf: Any) -> Any:
-    """Small floating fields in float32, where a kernel would convert them at every product."""
-    if isinstance(leaf, Codebook | NMSparse):
-        return jax.tree.map(lambda x: x.astype(jnp.float32) if _narrow(leaf, x) else x, leaf)
-    if isinstance(leaf, RowScaled | Permuted):
-        return leaf.replace(array=_widened(leaf.array))
-    if isinstance(leaf, Sum):
-        return leaf.replace(parts=tuple(_widened(part) for part in leaf.parts))
-    return leaf
-
-
-def _narrow(leaf: Codebook | NMSparse, field: jax.Array) -> bool:
-    # The floating values of a sparse matrix are its bulk, and stay in their dtype.
-    bulk = isinstance(leaf, NMSparse) and field is leaf.values
-    return jnp.issubdtype(field.dtype, jnp.inexact) and not bulk
+    return Prepared(array=jax.tree.map(ready, leaf), stored=stored, tiled=tiled, activation_bits=activation_bits)

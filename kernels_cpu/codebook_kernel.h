@@ -42,8 +42,7 @@ struct Lookup {
     constexpr int64_t kRuns = kLanes / kWords;
     alignas(64) uint8_t rows[kLanes * 4 * kBytes];  // [words][4 vectors][kLanes columns][32 bits]
     const int64_t first = chunk * kRuns * kRows, there = (p.in * kBits + 7) / 8 - first;
-    const uint8_t* codes = p.codes + first * p.out + column;
-    UnpackColumns<S, kBits, false>(codes, p.out, there, kRuns, columns, ahead, rows);
+    UnpackColumns<S, kBits, false>(p.codes.At(first, column), p.codes.row, there, kRuns, columns, ahead, rows);
     for (int v = 0; v < 4; ++v) {
       I vectors[kLanes];
 #pragma GCC unroll 16
@@ -61,19 +60,20 @@ struct Lookup {
   template <int kBits>
   static void OneRow(const CodebookProblem& p, int64_t begin, int64_t end) {
     constexpr int64_t kFields = FieldsOf(kBits);
-    constexpr int64_t kWide = 8 * kBytes;  // columns of a pass: the bytes of a row of codes are read in one go
+    constexpr int64_t kWide = 8 * kBytes;
+    const int64_t width = p.tiled ? 64 : kWide;  // of a pass: the bytes of a row of codes are read in one go
     alignas(64) uint8_t words[kBytes * kBytes];
     alignas(64) float scales[kBytes * kLanes];
     alignas(64) float sums[kWide * kLanes];
-    for (int64_t left = begin; left < end; left += kWide) {
-      const int64_t right = Min(end, left + kWide);
+    for (int64_t left = begin; left < end; left += width) {
+      const int64_t right = Min(end, left + width);
       std::memset(sums, 0, sizeof(sums));
       for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
         const float* x = p.ordered + chunk * kFields * kLanes;
         for (int64_t column = left; column < right; column += kBytes) {
           const int64_t columns = Min(kBytes, right - column);
           const int64_t bytes = kLanes * kFields * kBits / 8;
-          Turn<kBits>(p, chunk, column, columns, column + kBytes < right ? kBytes : left - column + bytes * p.out, words);
+          Turn<kBits>(p, chunk, column, columns, column + kBytes < right ? kBytes : left - column + bytes * p.codes.row, words);
           if (p.scales != nullptr) Scales(p, chunk * kLanes * kFields, kFields, column, columns, scales);
           for (int64_t c = 0; c < columns; ++c) {
             const typename S::template Table<kBits> table(TableOf(p, chunk * kLanes * kFields, column + c), p.entries);
@@ -114,7 +114,7 @@ struct Lookup {
         std::memset(sums, 0, static_cast<size_t>(rows * kBytes * kLanes) * 4);
         for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
           const int64_t bytes = kLanes * kFields * kBits / 8;
-          Turn<kBits>(p, chunk, column, columns, bytes * p.out, words);
+          Turn<kBits>(p, chunk, column, columns, bytes * p.codes.row, words);
           if (p.scales != nullptr) Scales(p, chunk * kLanes * kFields, kFields, column, columns, scales);
           Decode<kBits>(p, chunk * kLanes * kFields, column, columns, words, scales, weights);
           const float* x = p.ordered + row * stride + chunk * kFields * kLanes;
@@ -208,7 +208,9 @@ struct Lookup {
                      float* scales) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t input = Min(first + lane * fields, p.in - 1);  // beyond the inputs x is zero
-      const float* from = p.scales + input / p.group_size * p.out + column;
+      const int64_t group = input / p.group_size, groups = p.in / p.group_size;
+      const float* from =
+          p.scales + (p.tiled ? (column / 64 * groups + group) * 64 + column % 64 : group * p.out + column);
       for (int64_t c = 0; c < columns; ++c) scales[c * kLanes + lane] = from[c];
     }
   }

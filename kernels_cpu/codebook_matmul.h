@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "unpack.h"
+
 namespace effjax {
 
 struct CodebookProblem {
@@ -19,7 +21,8 @@ struct CodebookProblem {
   int64_t table_inputs, table_outputs; // inputs and outputs that share a table
   int64_t out_groups;                  // tables side by side
   int64_t group_size;                  // inputs that share a scale
-  const uint8_t* codes;                // [ceil(in * bits / 8), out]
+  bool tiled;                          // codes and scales lie in tiles of 64 columns
+  Rows codes;                          // [ceil(in * bits / 8), out]
   const float* tables;                 // [in / table_inputs, out_groups, entries]
   const float* scales;                 // [in / group_size, out], or null
   int64_t chunks;                      // of a column: kLanes fields of 32 bits

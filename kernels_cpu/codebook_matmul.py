@@ -32,7 +32,7 @@ def why_not(w: "Codebook") -> str:
 
 
 def codebook_matmul(
-    x: Float[Array, "*batch in"], w: "Codebook", *, variant: str = "auto"
+    x: Float[Array, "*batch in"], w: "Codebook", *, variant: str = "auto", tiled: bool = False
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a matrix of table entries `[in, out]`, in float32.
 
@@ -40,6 +40,7 @@ def codebook_matmul(
         x: floating `[*batch, in]`.
         w: 2 to 256 entries a table; tables of up to 16 (AVX-512: 64) values are looked up in registers.
         variant: "auto" takes the fastest that this processor runs; "portable", "avx2" and "avx512" name one.
+        tiled: codes and scales lie in tiles of 64 columns (`effjax.prepare`).
 
     Returns:
         float32 `[*batch, out]`.
@@ -75,6 +76,7 @@ def codebook_matmul(
         jnp.zeros((0, out), jnp.float32) if scales is None else scales,  # an empty array stands for no scales
         bits=np.int64(w.bits),
         variant=np.int64(variants.VARIANTS[variant]),
+        tiled=tiled,
     )
     return y.reshape(*x.shape[:-1], out)
 

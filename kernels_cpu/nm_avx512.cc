@@ -58,18 +58,17 @@ void Picks(const uint8_t* indices, int64_t stride, int64_t rows, int64_t runs, i
 
 void Fill(const NmProblem& p, int64_t first, int64_t runs, int64_t column, int64_t columns, int64_t ahead_codes,
           int64_t ahead_indices, Panel* panel) {
-  const uint8_t* codes = p.codes + first / 4 * p.out + column;
-  UnpackColumns<S, 4, true>(codes, p.out, p.x.in / 4 - first / 4, runs, columns, ahead_codes, panel->weights);
+  UnpackColumns<S, 4, true>(p.codes.At(first / 4, column), p.codes.row, p.x.in / 4 - first / 4, runs, columns, ahead_codes, panel->weights);
   const I eight = _mm512_set1_epi8(8);
   for (int64_t i = 0; i < runs * 8; ++i) {
     S::Store(panel->weights + i * kBytes, _mm512_sub_epi8(S::Load(panel->weights + i * kBytes), eight));
   }
-  const uint8_t* indices = p.indices + first / 8 * p.out + column;
+  const uint8_t* indices = p.indices.At(first / 8, column);
   const int64_t rows = p.x.in / 8 - first / 8;
   if (columns == kBytes) {
-    Picks<true>(indices, p.out, rows, runs, columns, ahead_indices, panel->picks);
+    Picks<true>(indices, p.indices.row, rows, runs, columns, ahead_indices, panel->picks);
   } else {
-    Picks<false>(indices, p.out, rows, runs, columns, ahead_indices, panel->picks);
+    Picks<false>(indices, p.indices.row, rows, runs, columns, ahead_indices, panel->picks);
   }
 }
 
@@ -126,7 +125,7 @@ void Columns(const NmProblem& p, int64_t begin, int64_t end) {
   alignas(64) float sums[kTileFloats];
   alignas(64) float scales[kBytes];
   for (int64_t row = 0; row < p.x.rows; row += kMaxRows) {
-    const int64_t rows = Min(kMaxRows, p.x.rows - row), width = kTileFloats / rows / kBytes * kBytes;
+    const int64_t rows = Min(kMaxRows, p.x.rows - row), width = p.tiled ? 64 : kTileFloats / rows / kBytes * kBytes;
     for (int64_t left = begin; left < end; left += width) {
       const int64_t right = Min(end, left + width), tile = RoundUp(right - left, kBytes);
       std::memset(sums, 0, static_cast<size_t>(rows * tile) * 4);
@@ -138,10 +137,12 @@ void Columns(const NmProblem& p, int64_t begin, int64_t end) {
         for (int64_t column = left; column < right; column += kBytes) {
           const int64_t columns = Min(kBytes, right - column);
           const bool last = column + kBytes >= right;
-          Fill(p, start, runs, column, columns, last ? left - column + size / 4 * p.out : kBytes,
-               last ? left - column + size / 8 * p.out : kBytes, &panel);
+          Fill(p, start, runs, column, columns, last ? left - column + size / 4 * p.codes.row : kBytes,
+               last ? left - column + size / 8 * p.indices.row : kBytes, &panel);
           alignas(64) float natural[kBytes] = {};
-          std::memcpy(natural, p.scales + group * p.out + column, static_cast<size_t>(columns) * 4);
+          const int64_t groups = p.x.in / p.x.group_size;
+          const int64_t scale = p.tiled ? (column / 64 * groups + group) * 64 : group * p.out + column;
+          std::memcpy(natural, p.scales + scale, static_cast<size_t>(columns) * 4);
           for (int v = 0; v < 4; ++v) S::StoreF(scales + v * kLanes, S::LoadStrided(natural + 4 * v));
           I offsets[4];
           Offsets(panel, 2 * runs, offsets);

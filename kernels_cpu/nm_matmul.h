@@ -9,14 +9,16 @@
 #include <cstdint>
 
 #include "activations.h"
+#include "unpack.h"
 
 namespace effjax {
 
 struct NmProblem {
   FixedPoint x;            // groups and blocks in inputs; digits are offset by 128, so that they have no sign
   int64_t out;
-  const uint8_t* codes;    // [in / 4, out]: two kept codes a byte
-  const uint8_t* indices;  // [in / 8, out]: four positions of two bits a byte
+  bool tiled;              // codes, indices and scales lie in tiles of 64 columns
+  Rows codes;              // [in / 4, out]: two kept codes a byte
+  Rows indices;            // [in / 8, out]: four positions of two bits a byte
   const float* scales;     // [groups, out]
   float* y;                // [rows, out]
 };

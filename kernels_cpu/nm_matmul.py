@@ -30,13 +30,16 @@ def why_not(w: "NMSparse") -> str:
     return variants.why_not("nm_matmul", "avx512", AMONG)
 
 
-def nm_matmul(x: Float[Array, "*batch in"], w: "NMSparse", *, activation_bits: int = 24) -> Float[Array, "*batch out"]:
+def nm_matmul(
+    x: Float[Array, "*batch in"], w: "NMSparse", *, activation_bits: int = 24, tiled: bool = False
+) -> Float[Array, "*batch out"]:
     """Multiplies by a sparse matrix `[in, out]` of which two in four inputs are kept, at 4 bits.
 
     Args:
         x: floating `[*batch, in]`; computed in float32.
         w: values on a symmetric grid of 4 bits (see `why_not`).
         activation_bits: 24, 16 or 8, as in `quant_matmul`.
+        tiled: codes, indices and scales lie in tiles of 64 columns (`effjax.prepare`).
 
     Returns:
         float32 `[*batch, out]`.
@@ -67,5 +70,5 @@ def nm_matmul(x: Float[Array, "*batch in"], w: "NMSparse", *, activation_bits: i
         jax.ShapeDtypeStruct((scratch_bytes(m, n, n // groups, RUN, digits),), jnp.uint8),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxNmMatmul"), results, vmap_method="sequential")
-    y, _ = call(rows, values.codes, w.indices, values.scales.astype(jnp.float32), digits=np.int64(digits))
+    y, _ = call(rows, values.codes, w.indices, values.scales.astype(jnp.float32), digits=np.int64(digits), tiled=tiled)
     return y.reshape(*x.shape[:-1], out)

@@ -46,20 +46,65 @@ struct Quant {
         for (int v = 0; v < 4; ++v) total[r][v] = S::Dot(total[r][v], w[v], a);
       }
     }
-#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const float unit = p.x.block_scales[(row + m) * p.x.blocks + block];
-      const F minus = S::Set(-p.x.block_sums[(row + m) * p.x.blocks + block]);
+      AddScaled<kDigits>(p, total + m * kDigits, block, row + m, scales, offsets, sums + m * sums_stride);
+    }
+  }
+
+  // Adds the sums of a row's digits to its results, with the scales of the activations and of the weights.
+  template <int kDigits>
+  __attribute__((always_inline)) static void AddScaled(const QuantProblem& p, const I (*total)[4], int64_t block,
+                                                       int64_t row, const float* scales, const float* offsets,
+                                                       float* sums) {
+    const float unit = p.x.block_scales[row * p.x.blocks + block];
+    const F minus = S::Set(-p.x.block_sums[row * p.x.blocks + block]);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
-        F value = S::Mul(S::ToFloat(total[m * kDigits][v]), S::Set(unit));
-        if constexpr (kDigits > 1) value = S::Fma(S::ToFloat(total[m * kDigits + 1][v]), S::Set(unit * 256.0f), value);
-        if constexpr (kDigits > 2) value = S::Fma(S::ToFloat(total[m * kDigits + 2][v]), S::Set(unit * 65536.0f), value);
-        float* to = sums + m * sums_stride + v * kLanes;
-        F sum = S::Fma(value, S::LoadF(scales + v * kLanes), S::LoadF(to));
-        S::StoreF(to, S::Fma(minus, S::LoadF(offsets + v * kLanes), sum));
+    for (int v = 0; v < 4; ++v) {
+      F value = S::Mul(S::ToFloat(total[0][v]), S::Set(unit));
+      if constexpr (kDigits > 1) value = S::Fma(S::ToFloat(total[1][v]), S::Set(unit * 256.0f), value);
+      if constexpr (kDigits > 2) value = S::Fma(S::ToFloat(total[2][v]), S::Set(unit * 65536.0f), value);
+      float* to = sums + v * kLanes;
+      const F sum = S::Fma(value, S::LoadF(scales + v * kLanes), S::LoadF(to));
+      S::StoreF(to, S::Fma(minus, S::LoadF(offsets + v * kLanes), sum));
+    }
+  }
+
+  // One row: codes of widths that divide 8 are multiplied as they are unpacked, without a panel.
+  template <int kBits, int kDigits>
+  __attribute__((noinline)) static void MultiplyCodes(const QuantProblem& p, const uint8_t* codes, int64_t rows,
+                                                      int64_t runs, int64_t ahead, const int8_t* x, int64_t block,
+                                                      int64_t row, const float* scales,
+                                                      const float* offsets, float* sums) {
+    I total[kDigits][4];
+#pragma GCC unroll 4
+    for (int d = 0; d < kDigits; ++d) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) total[d][v] = S::Zero();
+    }
+    const int64_t stride = p.codes.row;
+    for (int64_t run = 0; run < runs; ++run) {
+      I bytes[4], mixed[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const uint8_t* at = codes + (4 * run + r) * stride;
+        bytes[r] = 4 * run + r < rows ? S::Load(at) : S::Zero();
+        __builtin_prefetch(at + ahead);
+      }
+      S::Interleave(bytes, mixed);
+#pragma GCC unroll 8
+      for (int s = 0; s < 8 / kBits; ++s) {
+        typename S::Activations a[kDigits];
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d) a[d] = S::Broadcast(x + d * p.x.padded + run * RunOf(kBits) + 4 * s);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          const typename S::Weights w = S::ToWeights(kBits == 8 ? mixed[v] : S::FieldAt(mixed[v], s * kBits, kBits));
+#pragma GCC unroll 4
+          for (int d = 0; d < kDigits; ++d) total[d][v] = S::Dot(total[d][v], w, a[d]);
+        }
       }
     }
+    AddScaled<kDigits>(p, total, block, row, scales, offsets, sums);
   }
 
   template <int kDigits>
@@ -114,16 +159,19 @@ struct Quant {
                           float* offsets) {
     alignas(64) float natural[kBytes] = {};
     alignas(64) float zeros[kBytes] = {};
-    ToFloats(p.scales, p.scale_type, group * p.out + column, columns, natural);
+    const int64_t groups = p.x.in / p.x.group_size;
+    const int64_t at = p.tiled ? (column / 64 * groups + group) * 64 + column % 64 : group * p.out + column;
+    ToFloats(p.scales, p.scale_type, at, columns, natural);
     if (p.zero_kind == kCentre) {
       for (int c = 0; c < kBytes; ++c) zeros[c] = p.centre;
     } else if (p.zero_kind == kReal) {
-      ToFloats(p.zeros, p.zero_type, group * p.out + column, columns, zeros);
+      ToFloats(p.zeros, p.zero_type, at, columns, zeros);
     } else {
       const int64_t bit = group * p.bits, byte = bit / 8;
       const int shift = static_cast<int>(bit % 8);
-      const uint8_t* low = static_cast<const uint8_t*>(p.zeros) + byte * p.out + column;
-      const uint8_t* high = shift + p.bits > 8 ? low + p.out : low;
+      const Rows rows = RowsOf(static_cast<const uint8_t*>(p.zeros), (groups * p.bits + 7) / 8, p.out, p.tiled);
+      const uint8_t* low = rows.At(byte, column);
+      const uint8_t* high = shift + p.bits > 8 ? rows.At(byte + 1, column) : low;
       const uint32_t mask = (1u << p.bits) - 1;
       for (int64_t c = 0; c < columns; ++c) {
         const uint32_t both = low[c] | static_cast<uint32_t>(high[c]) << 8;
@@ -148,8 +196,8 @@ struct Quant {
     const int64_t bytes = (p.x.in * kBits + 7) / 8;  // of a column
     for (int64_t row = 0; row < p.x.rows; row += kMaxRows) {
       const int64_t rows = Min(kMaxRows, p.x.rows - row);
-      // As wide as the sums allow: the bytes of a row of codes are then read in one go.
-      const int64_t width = kTileFloats / rows / kBytes * kBytes;
+      // As wide as the sums allow: the bytes of a row of codes are then read in one go. Tiles are read one by one.
+      const int64_t width = p.tiled ? 64 : kTileFloats / rows / kBytes * kBytes;
       for (int64_t left = begin; left < end; left += width) {
         const int64_t right = Min(end, left + width), tile = RoundUp(right - left, kBytes);
         std::memset(sums, 0, static_cast<size_t>(rows * tile) * 4);
@@ -161,12 +209,22 @@ struct Quant {
           for (int64_t column = left; column < right; column += kBytes) {
             const int64_t columns = Min(kBytes, right - column);
             // The next panel of the row of panels, or the first one of the next row.
-            const int64_t ahead = column + kBytes < right ? kBytes : left - column + size * kBits / 8 * p.out;
-            UnpackColumns<S, kBits, true>(p.codes + first_byte * p.out + column, p.out, bytes - first_byte, runs,
-                                          columns, ahead, panel);
+            const uint8_t* codes = p.codes.At(first_byte, column);
+            const int64_t below = size * kBits / 8 * p.codes.row;
+            const int64_t ahead = column + kBytes < right ? kBytes : left - column + below;
             GroupScales(p, group, column, columns, scales, offsets);
             const int8_t* x = p.x.digit_rows + row * p.x.digits * p.x.padded + at;
             float* to = sums + column - left;
+            if constexpr (8 % kBits == 0) {
+              if (rows == 1 && columns == kBytes) {
+                const auto multiply = p.x.digits == 1   ? MultiplyCodes<kBits, 1>
+                                      : p.x.digits == 2 ? MultiplyCodes<kBits, 2>
+                                                        : MultiplyCodes<kBits, 3>;
+                multiply(p, codes, bytes - first_byte, runs, ahead, x, block, row, scales, offsets, to);
+                continue;
+              }
+            }
+            UnpackColumns<S, kBits, true>(codes, p.codes.row, bytes - first_byte, runs, columns, ahead, panel);
             const int64_t quads = runs * kRun / 4;
             if (p.x.digits == 1) {
               MultiplyRows<1>(p, panel, quads, x, block, row, rows, scales, offsets, to, tile);

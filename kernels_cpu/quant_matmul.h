@@ -20,7 +20,8 @@ struct QuantProblem {
   FixedPoint x;
   int64_t out;
   int32_t bits;
-  const uint8_t* codes;  // [ceil(in * bits / 8), out]
+  bool tiled;            // codes, scales and zeros lie in tiles of 64 columns
+  Rows codes;            // [ceil(in * bits / 8), out]
   const void* scales;    // [groups, out]
   const void* zeros;     // [ceil(groups * bits / 8), out] packed, [groups, out] real, or null
   ScaleType scale_type, zero_type;

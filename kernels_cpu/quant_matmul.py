@@ -37,7 +37,12 @@ def why_not(w: "Quantized") -> str:
 
 
 def quant_matmul(
-    x: Float[Array, "*batch in"], w: "Quantized", *, activation_bits: int = 24, variant: str = "auto"
+    x: Float[Array, "*batch in"],
+    w: "Quantized",
+    *,
+    activation_bits: int = 24,
+    variant: str = "auto",
+    tiled: bool = False,
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a quantized matrix `[in, out]` of 1 to 8 bits.
 
@@ -52,6 +57,7 @@ def quant_matmul(
             with a NaN or an infinity makes the whole row NaN.
         variant: "auto" takes the fastest that this processor runs; "portable", "avx2", "avx512" and "i8mm" name one.
             All give the same sums of integers.
+        tiled: the fields of `w` lie in tiles of 64 columns (`effjax.prepare`).
 
     Returns:
         float32 `[*batch, out]`.
@@ -84,6 +90,7 @@ def quant_matmul(
         bits=np.int64(w.bits),
         digits=np.int64(digits),
         variant=np.int64(variants.VARIANTS[variant]),
+        tiled=tiled,
     )
     return y.reshape(*x.shape[:-1], out)
 

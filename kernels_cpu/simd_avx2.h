@@ -43,8 +43,8 @@ struct Avx2 {
     q[3] = _mm256_unpackhi_epi16(b, d);
   }
 
-  static Weights LoadWeights(const uint8_t* p) {
-    const I x = Load(p);
+  static Weights LoadWeights(const uint8_t* p) { return ToWeights(Load(p)); }
+  static Weights ToWeights(I x) {
     return {_mm256_and_si256(x, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(x, 8)};
   }
   static Activations Broadcast(const int8_t* p) {

@@ -40,6 +40,7 @@ struct Avx512 {
     q[3] = _mm512_unpackhi_epi16(b, d);
   }
 
+  static Weights ToWeights(I x) { return x; }
   static Weights LoadWeights(const uint8_t* p) { return Load(p); }
   static Activations Broadcast(const int8_t* p) {
     int32_t quad;

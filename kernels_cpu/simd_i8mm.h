@@ -37,6 +37,7 @@ struct I8mm {
     }
   }
 
+  static Weights ToWeights(I x) { return x; }
   static Weights LoadWeights(const uint8_t* p) { return vld1q_u8(p); }
   static Activations Broadcast(const int8_t* p) {
     int32_t quad;

@@ -44,6 +44,7 @@ struct Portable {
     }
   }
 
+  static Weights ToWeights(I x) { return x; }
   static Weights LoadWeights(const uint8_t* p) { return Load(p); }
   static Activations Broadcast(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static I Dot(I sum, Weights w, Activations x) {

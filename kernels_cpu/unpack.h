@@ -14,6 +14,19 @@ namespace effjax {
 inline constexpr int64_t RunOf(int bits) { return 8 % bits == 0 ? 32 / bits : 8; }
 inline constexpr int64_t BytesOfRun(int bits) { return 8 % bits == 0 ? 4 : bits; }
 
+// How rows of bytes of many columns lie: side by side, `[rows, out]`, or in tiles of 64 columns, `[out / 64, rows, 64]`,
+// which a product of one row reads from one end to the other.
+struct Rows {
+  const uint8_t* data;
+  int64_t row, tile;  // bytes from a row to the next, and from 64 columns to the next 64
+
+  const uint8_t* At(int64_t r, int64_t column) const { return data + r * row + column / 64 * tile + column % 64; }
+};
+
+inline Rows RowsOf(const uint8_t* data, int64_t rows, int64_t out, bool tiled) {
+  return tiled ? Rows{data, 64, rows * 64} : Rows{data, out, 64};
+}
+
 // A row of codes; what is beyond the columns reads as zero.
 template <class S, bool kFull>
 typename S::I LoadRow(const uint8_t* codes, int64_t columns) {

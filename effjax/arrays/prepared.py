@@ -1,44 +1,79 @@
-"""A compressed matrix made ready for products: tables in the kernels' dtype, and what is done to activations."""
+"""A compressed matrix made ready for products: in the order that kernels read, with a wish for the activations."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.arrays.base import CompressedArray, Spec, register, static
 from effjax.arrays.wrapping import Wrapping
 
+TILE = 64  # columns that lie together
+
 
 @register
 class Prepared(Wrapping):
-    """The same weight as `array`, made by `effjax.prepare` and undone by `effjax.restore`.
+    """The same weight as `array` was, made by `effjax.prepare` and undone by `effjax.restore`.
 
     Attributes:
-        array: compressed `[*L, in, out]`.
-        stored: dtypes that floating fields of `array` had before, in their order, to restore them.
+        array: compressed `[*L, in, out]`; its fields are in the order of tiles where `tiled`, so only `restore` and
+            the kernels can read them.
+        stored: dtypes that floating fields of `array` had before, in their order.
+        tiled: whether the fields lie in tiles of 64 columns, `[*L, out / 64, rows, 64]`, under the shape they had.
         activation_bits: what products do to their activations, see `effjax.ops.matmul`.
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
-        >>> w = ej.quantize.RTN(bits=8, group_size=None).quantize(jnp.eye(4))
-        >>> ej.prepare({"kernel": w}, activation_bits=8)["kernel"].activation_bits
-        8
+        >>> w = ej.quantize.RTN(bits=8, group_size=None).quantize(jnp.eye(64))
+        >>> ready = ej.prepare({"kernel": w}, activation_bits=8)["kernel"]
+        >>> ready.activation_bits, ready.tiled, bool(jnp.array_equal(ready.materialize(), w.materialize()))
+        (8, True, True)
     """
 
     array: CompressedArray
     stored: tuple[str, ...] = static(default=())
+    tiled: bool = static(default=False)
     activation_bits: int | None = static(default=None)
 
     def materialize(self) -> jax.Array:
-        return self.array.materialize()
+        return self.restore().materialize()
+
+    def columns(self, ids: jax.Array) -> CompressedArray | None:  # type: ignore[override]
+        return self.restore().columns(ids)
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
+        if self.tiled:  # a cut of the columns would be one of whole tiles, which lie along the rows
+            spec = (*spec[:-2], None, None)
         return {"array": self.array.replace(**self.array.field_specs(spec))}
 
+    def logical_spec(self) -> Spec:
+        return (*self.array.logical_spec()[:-2], None, None) if self.tiled else self.array.logical_spec()
+
     def restore(self) -> CompressedArray:
-        """`array` with its floating fields in the dtypes they had."""
+        """The array as it was before `prepare`, to the byte."""
         dtypes = iter(self.stored)
-        return jax.tree.map(
-            lambda field: field.astype(np.dtype(next(dtypes))) if np.issubdtype(field.dtype, np.inexact) else field,
-            self.array,
-        )
+
+        def back(field: jax.Array) -> jax.Array:
+            dtype = np.dtype(next(dtypes)) if jnp.issubdtype(field.dtype, jnp.inexact) else field.dtype
+            field = field.astype(dtype)
+            return from_tiles(field) if self.tiled and is_matrix(field, self.array) else field
+
+        return jax.tree.map(back, self.array)
+
+
+def is_matrix(field: Any, array: CompressedArray) -> bool:
+    """Whether a field of `array` has its columns last, as codes and scales have and tables have not."""
+    return field.ndim == array.ndim and field.shape[-1] == array.shape[-1]
+
+
+def to_tiles(field: jax.Array) -> jax.Array:
+    """`[*L, rows, out]` in the order of `[*L, out / 64, rows, 64]`, under its own shape."""
+    *lead, rows, out = field.shape
+    return jnp.moveaxis(field.reshape(*lead, rows, out // TILE, TILE), -2, -3).reshape(field.shape)
+
+
+def from_tiles(field: jax.Array) -> jax.Array:
+    """What `to_tiles` was given."""
+    *lead, rows, out = field.shape
+    return jnp.moveaxis(field.reshape(*lead, out // TILE, rows, TILE), -3, -2).reshape(field.shape)

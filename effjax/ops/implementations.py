@@ -11,6 +11,7 @@ import kernels_cpu
 from effjax.arrays.codebook import Codebook
 from effjax.arrays.hashed import Hashed
 from effjax.arrays.nm_sparse import NMSparse
+from effjax.arrays.prepared import Prepared
 from effjax.arrays.quantized import Quantized
 from kernels_cpu import codebook_matmul, nm_matmul, quant_matmul
 
@@ -45,11 +46,28 @@ class CpuKernel:
             return f"the native kernel computes in float32, and x is {x_dtype.name}"
         return self.reason(w)
 
-    def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None, tiled: bool = False
+    ) -> jax.Array:
         del transpose
         if not self.integer:
-            return self.product(x, w)
-        return self.product(x, w, activation_bits=activation_bits or (24 if x.dtype.itemsize == 4 else 16))
+            return self.product(x, w, tiled=tiled)
+        bits = activation_bits or (24 if x.dtype.itemsize == 4 else 16)
+        return self.product(x, w, activation_bits=bits, tiled=tiled)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedKernel:
+    """The CPU kernel of what a prepared leaf holds, in tiles."""
+
+    kernels: dict[type, CpuKernel]
+
+    def why_not(self, rows: int, x_dtype: Any, w: Any, *, transpose: bool) -> str:
+        return self.kernels[type(w.array)].why_not(rows, x_dtype, w.array, transpose=transpose)
+
+    def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
+        kernel = self.kernels[type(w.array)]
+        return kernel(x, w.array, transpose=transpose, activation_bits=activation_bits, tiled=w.tiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +97,13 @@ def _pallas(platform: str) -> dict[type, Kernel]:
     return {kind: PallasKernel(f"kernels_pallas.{name}.{platform}", name) for kind, name in names.items()}
 
 
+CPU = {
+    Quantized: CpuKernel(quant_matmul.why_not, quant_matmul.quant_matmul),
+    Codebook: CpuKernel(codebook_matmul.why_not, codebook_matmul.codebook_matmul, integer=False),
+    NMSparse: CpuKernel(nm_matmul.why_not, nm_matmul.nm_matmul),
+}
 KERNELS: dict[str, dict[type, Kernel]] = {
-    "cpu": {
-        Quantized: CpuKernel(quant_matmul.why_not, quant_matmul.quant_matmul),
-        Codebook: CpuKernel(codebook_matmul.why_not, codebook_matmul.codebook_matmul, integer=False),
-        NMSparse: CpuKernel(nm_matmul.why_not, nm_matmul.nm_matmul),
-    },
+    "cpu": {**CPU, Prepared: PreparedKernel(CPU)},
     "tpu": _pallas("tpu"),
     "gpu": _pallas("gpu"),
 }

@@ -70,7 +70,8 @@ def matmul(
     if activation_bits not in (None, 8, 16, 24):
         raise ValueError(f"matmul: activation_bits must be None, 8, 16 or 24, found {activation_bits!r}")
     if isinstance(w, Prepared):
-        w, activation_bits = w.array, activation_bits or w.activation_bits
+        activation_bits = activation_bits or w.activation_bits
+        w = w if w.tiled else w.array
     product = partial(matmul, precision=precision, activation_bits=activation_bits, transpose=transpose)
     if isinstance(w, Sum):
         parts = [product(x, part, out_dtype=jnp.float32) for part in w.parts]

@@ -83,7 +83,7 @@ void RunQuant(const char* name, const QuantKernel* kernel) {
     for (int64_t k = 0; k < p.x.rows * p.x.in; ++k) x[k] = Normal();
     Exact<uint8_t> scratch(Arrange(&p.x));
     Place(&p.x, scratch.get());
-    p.codes = codes.get();
+    p.codes = effjax::RowsOf(codes.get(), (p.x.in * bits + 7) / 8, p.out, false);
     p.scales = scales.get();
     p.zeros = zeros.get();
     p.zero_kind = effjax::kPacked;
@@ -136,7 +136,7 @@ void RunCodebook(const char* name, const CodebookKernel* kernel) {
     }
     p.chunks = (p.in + chunk - 1) / chunk;
     Exact<float> ordered(p.rows * p.chunks * chunk);
-    p.codes = codes.get();
+    p.codes = effjax::RowsOf(codes.get(), (p.in * bits + 7) / 8, p.out, false);
     p.tables = tables.get();
     p.scales = scales.get();
     p.ordered = ordered.get();
@@ -185,8 +185,8 @@ void RunSparse(const char* name, const NmKernel* kernel) {
     }
     Exact<uint8_t> scratch(Arrange(&p.x));
     Place(&p.x, scratch.get());
-    p.codes = codes.get();
-    p.indices = indices.get();
+    p.codes = effjax::RowsOf(codes.get(), p.x.in / 4, p.out, false);
+    p.indices = effjax::RowsOf(indices.get(), p.x.in / 8, p.out, false);
     p.scales = scales.get();
     p.y = y.get();
     for (int64_t m = 0; m < p.x.rows; ++m) kernel->digits(p.x, x.get(), m);

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import effjax as ej
 from effjax.arrays import Codebook, NMSparse, Quantized
+from effjax.errors import LeafError
 from effjax.ops import matmul
 from kernels_cpu import codebook_matmul, nm_matmul, quant_matmul, variants
 
@@ -167,6 +168,46 @@ def test_gradients_are_those_of_the_dense_matrix(kind):
     for got, wanted in zip(jax.tree.leaves(dw), jax.tree.leaves(dense_dw), strict=True):
         got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
         np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("out", [64, 192, 40])
+@pytest.mark.parametrize("kind", ["q4", "q3 real", "q2 packed", "codebook", "nf4", "sparse"])
+def test_prepared_products_are_the_same_and_come_back_to_the_byte(kind, out):
+    rng = random(16)
+    w = {
+        "q4": lambda: quantized(rng, 128, out, 4, 4, "none", "float16")[0],
+        "q3 real": lambda: quantized(rng, 96, out, 3, 3, "real")[0],
+        "q2 packed": lambda: quantized(rng, 128, out, 4, 2, "packed", "bfloat16")[0],
+        "codebook": lambda: ej.quantize.NF4(block_size=32).quantize(jnp.asarray(rng.standard_normal((64, out)))),
+        "nf4": lambda: ej.quantize.NF4(block_size=64).quantize(jnp.asarray(rng.standard_normal((128, out)))),
+        "sparse": lambda: sparse(rng, 64, out, 16),
+    }[kind]()
+    ready = ej.prepare({"w": w})["w"]
+    assert ready.tiled == (out % 64 == 0) and ready.nbytes >= w.nbytes
+    for rows in (1, 5):
+        x = jnp.asarray(rng.standard_normal((rows, w.shape[0])), jnp.float32)
+        np.testing.assert_array_equal(matmul(x, ready), matmul(x, w))
+        y = jnp.asarray(rng.standard_normal((rows, out)), jnp.float32)
+        np.testing.assert_allclose(matmul(y, ready, transpose=True), matmul(y, w, transpose=True), rtol=1e-4, atol=1e-3)
+    back = ej.restore({"w": ready})["w"]
+    assert type(back) is type(w)
+    for old, new in zip(jax.tree.leaves(w), jax.tree.leaves(back), strict=True):
+        assert old.dtype == new.dtype
+        np.testing.assert_array_equal(old, new)
+
+
+def test_prepare_asks_for_int8_activations_and_says_what_it_cannot_take():
+    w, dense, _ = quantized(random(17), 64, 64, 2, 4)
+    x = random(18).standard_normal((3, 64)).astype(np.float32)
+    rough = matmul(jnp.asarray(x), ej.prepare({"w": w}, activation_bits=8)["w"])
+    np.testing.assert_array_equal(rough, matmul(jnp.asarray(x), w, activation_bits=8))
+    assert not np.allclose(rough, x @ dense, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LeafError, match="none of the 1 leaves is quantized, a codebook or n:m sparse"):
+        ej.prepare({"w": jnp.ones((4, 4))})
+    with pytest.raises(LeafError, match=r"prepared already; call ej.restore\(params\) first"):
+        ej.prepare(ej.prepare({"w": w}))
+    with pytest.raises(ValueError, match="activation_bits must be None, 8, 16 or 24, found 4"):
+        ej.prepare({"w": w}, activation_bits=4)
 
 
 def test_stacked_matrices_and_batches_of_any_rank():
