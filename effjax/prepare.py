@@ -57,6 +57,18 @@ def prepare(params: PyTree, *, activation_bits: int | None = None) -> PyTree:
     )
 
 
+def can_prepare(params: PyTree) -> bool:
+    """Whether `prepare` would find something to do, and may.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> can_prepare({"kernel": jnp.eye(8)})
+        False
+    """
+    leaves = jax.tree.leaves(params, is_leaf=_stops)
+    return any(isinstance(x, READY) for x in leaves) and not any(isinstance(x, Prepared) for x in leaves)
+
+
 def restore(params: PyTree) -> PyTree:
     """The leaves that `prepare` was given, with the same bytes; a tree without prepared leaves is returned as it is.
 

@@ -99,28 +99,36 @@ struct Lookup {
 
   template <int kBits>
   static void ManyRows(const CodebookProblem& p, int64_t begin, int64_t end) {
-    constexpr int64_t kFields = FieldsOf(kBits);
-    alignas(64) uint8_t words[kBytes * kBytes];
-    alignas(64) float scales[kBytes * kLanes];
-    alignas(64) float weights[kBytes * kFields * kLanes];
-    // The sums of a block of rows and columns, a vector each: 16 columns at a time stay in the second-level cache.
+    constexpr int64_t kFields = FieldsOf(kBits), kWeights = kFields * kLanes;  // inputs of a chunk
+    constexpr int64_t kSpan = kWeights >= 512 ? 1 : 512 / kWeights;  // chunks between two visits of the sums
+    // Of 16 columns: their weights and a row of sums each stay in the first-level cache.
     constexpr int64_t kColumns = 16;
-    alignas(64) static thread_local float sums[kRowsAtOnce * kBytes * kLanes];
-    const int64_t stride = p.chunks * kFields * kLanes;
+    alignas(64) uint8_t words[kSpan][kBytes * kBytes];
+    alignas(64) static thread_local float scales[kSpan][kBytes * kLanes];
+    alignas(64) static thread_local float weights[kColumns * kSpan * kWeights];
+    alignas(64) static thread_local float sums[kRowsAtOnce * kBytes * kLanes];  // a vector each
+    const int64_t stride = p.chunks * kWeights;
     for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
       const int64_t rows = Min(kRowsAtOnce, p.rows - row);
       for (int64_t column = begin; column < end; column += kBytes) {
         const int64_t columns = Min(kBytes, end - column);
         std::memset(sums, 0, static_cast<size_t>(rows * kBytes * kLanes) * 4);
-        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-          const int64_t bytes = kLanes * kFields * kBits / 8;
-          Turn<kBits>(p, chunk, column, columns, bytes * p.codes.row, words);
-          if (p.scales != nullptr) Scales(p, chunk * kLanes * kFields, kFields, column, columns, scales);
-          Decode<kBits>(p, chunk * kLanes * kFields, column, columns, words, scales, weights);
-          const float* x = p.ordered + row * stride + chunk * kFields * kLanes;
+        for (int64_t chunk = 0; chunk < p.chunks; chunk += kSpan) {
+          const int64_t span = Min(kSpan, p.chunks - chunk);
+          for (int64_t i = 0; i < span; ++i) {
+            Turn<kBits>(p, chunk + i, column, columns, kWeights * kBits / 8 * p.codes.row, words[i]);
+            if (p.scales != nullptr) Scales(p, (chunk + i) * kWeights, kFields, column, columns, scales[i]);
+          }
+          const float* x = p.ordered + row * stride + chunk * kWeights;
           for (int64_t c = 0; c < columns; c += kColumns) {
-            Tiles<kFields>(weights + c * kFields * kLanes, Min(kColumns, RoundUp(columns - c, kTileColumns)), x, stride,
-                           rows, sums + c * rows * kLanes);
+            const int64_t some = Min(kColumns, columns - c), whole = RoundUp(some, kTileColumns);
+            std::memset(weights + some * span * kWeights, 0, static_cast<size_t>((whole - some) * span * kWeights) * 4);
+            for (int64_t i = 0; i < span; ++i) {
+              Decode<kBits>(p, (chunk + i) * kWeights, column + c, some, words[i] + c * kBytes,
+                            p.scales == nullptr ? nullptr : scales[i] + c * kLanes, weights + i * kWeights,
+                            span * kWeights);
+            }
+            Tiles(weights, whole, span * kFields, x, stride, rows, sums + c * rows * kLanes);
           }
         }
         for (int64_t c = 0; c < columns; ++c) {
@@ -132,57 +140,52 @@ struct Lookup {
     }
   }
 
+  // Weights of a chunk, `stride` apart from column to column.
   template <int kBits>
   static void Decode(const CodebookProblem& p, int64_t first, int64_t column, int64_t columns, const uint8_t* words,
-                     const float* scales, float* weights) {
-    constexpr int64_t kFields = FieldsOf(kBits);
-    for (int64_t c = 0; c < RoundUp(columns, kTileColumns); ++c) {
-      float* to = weights + c * kFields * kLanes;
-      if (c >= columns) {
-        std::memset(to, 0, sizeof(float) * kFields * kLanes);
-        continue;
-      }
+                     const float* scales, float* weights, int64_t stride) {
+    for (int64_t c = 0; c < columns; ++c) {
       const typename S::template Table<kBits> table(TableOf(p, first, column + c), p.entries);
       const I codes = S::Load(words + c * kBytes);
 #pragma GCC unroll 32
-      for (int k = 0; k < kFields; ++k) {
+      for (int k = 0; k < FieldsOf(kBits); ++k) {
         F value = table.At(codes, k);
-        if (p.scales != nullptr) value = S::Mul(value, S::LoadF(scales + c * kLanes));
-        S::StoreF(to + k * kLanes, value);
+        if (scales != nullptr) value = S::Mul(value, S::LoadF(scales + c * kLanes));
+        S::StoreF(weights + c * stride + k * kLanes, value);
       }
     }
   }
 
-  // sums[c][m] += sum_k weights[c][k] * x[m][k], a vector of partial sums each.
-  template <int64_t kFields>
-  static void Tiles(const float* weights, int64_t columns, const float* x, int64_t stride, int64_t rows, float* sums) {
+  // sums[c][m] += sum_k weights[c][k] * x[m][k] over `steps` vectors, a vector of partial sums each.
+  static void Tiles(const float* weights, int64_t columns, int64_t steps, const float* x, int64_t stride, int64_t rows,
+                    float* sums) {
     for (int64_t c = 0; c < columns; c += kTileColumns) {
-      const float* w = weights + c * kFields * kLanes;
+      const float* w = weights + c * steps * kLanes;
       float* to = sums + c * rows * kLanes;
       int64_t m = 0;
       for (; m + kTileRows <= rows; m += kTileRows) {
-        Tile<kFields, kTileRows>(w, x + m * stride, stride, rows, to + m * kLanes);
+        Tile<kTileRows>(w, steps, x + m * stride, stride, rows, to + m * kLanes);
       }
       if constexpr (kTileRows > 4) {
-        for (; m + 4 <= rows; m += 4) Tile<kFields, 4>(w, x + m * stride, stride, rows, to + m * kLanes);
+        for (; m + 4 <= rows; m += 4) Tile<4>(w, steps, x + m * stride, stride, rows, to + m * kLanes);
       }
-      for (; m < rows; ++m) Tile<kFields, 1>(w, x + m * stride, stride, rows, to + m * kLanes);
+      for (; m < rows; ++m) Tile<1>(w, steps, x + m * stride, stride, rows, to + m * kLanes);
     }
   }
 
-  template <int64_t kFields, int kRows>
-  __attribute__((noinline)) static void Tile(const float* w, const float* x, int64_t stride, int64_t rows,
-                                             float* sums) {
+  template <int kRows>
+  __attribute__((noinline)) static void Tile(const float* w, int64_t steps, const float* x, int64_t stride,
+                                             int64_t rows, float* sums) {
     F total[kTileColumns][kRows];
 #pragma GCC unroll 8
     for (int c = 0; c < kTileColumns; ++c) {
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) total[c][m] = S::LoadF(sums + (c * rows + m) * kLanes);
     }
-    for (int64_t k = 0; k < kFields; ++k) {
+    for (int64_t k = 0; k < steps; ++k) {
       F weights[kTileColumns];
 #pragma GCC unroll 8
-      for (int c = 0; c < kTileColumns; ++c) weights[c] = S::LoadF(w + (c * kFields + k) * kLanes);
+      for (int c = 0; c < kTileColumns; ++c) weights[c] = S::LoadF(w + (c * steps + k) * kLanes);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const F a = S::LoadF(x + m * stride + k * kLanes);

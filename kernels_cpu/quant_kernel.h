@@ -57,15 +57,18 @@ struct Quant {
                                                        int64_t row, const float* scales, const float* offsets,
                                                        float* sums) {
     const float unit = p.x.block_scales[row * p.x.blocks + block];
-    const F minus = S::Set(-p.x.block_sums[row * p.x.blocks + block]);
+    const float minus = -p.x.block_sums[row * p.x.blocks + block];
+    const bool centred = p.zero_kind == kCentre;  // one zero point for all: it comes off before the scale
+    const F start = S::Set(centred ? minus * p.centre : 0.0f);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      F value = S::Mul(S::ToFloat(total[0][v]), S::Set(unit));
+      F value = S::Fma(S::ToFloat(total[0][v]), S::Set(unit), start);
       if constexpr (kDigits > 1) value = S::Fma(S::ToFloat(total[1][v]), S::Set(unit * 256.0f), value);
       if constexpr (kDigits > 2) value = S::Fma(S::ToFloat(total[2][v]), S::Set(unit * 65536.0f), value);
       float* to = sums + v * kLanes;
-      const F sum = S::Fma(value, S::LoadF(scales + v * kLanes), S::LoadF(to));
-      S::StoreF(to, S::Fma(minus, S::LoadF(offsets + v * kLanes), sum));
+      F sum = S::Fma(value, S::LoadF(scales + v * kLanes), S::LoadF(to));
+      if (!centred) sum = S::Fma(S::Set(minus), S::LoadF(offsets + v * kLanes), sum);
+      S::StoreF(to, sum);
     }
   }
 
@@ -154,7 +157,7 @@ struct Quant {
     }
   }
 
-  // Scales and `scale * zero` of one group for the columns of a panel, in the panel's order.
+  // Scales of one group for the columns of a panel, in the panel's order; and `scale * zero`, unless it is one for all.
   static void GroupScales(const QuantProblem& p, int64_t group, int64_t column, int64_t columns, float* scales,
                           float* offsets) {
     alignas(64) float natural[kBytes] = {};
@@ -162,9 +165,9 @@ struct Quant {
     const int64_t groups = p.x.in / p.x.group_size;
     const int64_t at = p.tiled ? (column / 64 * groups + group) * 64 + column % 64 : group * p.out + column;
     ToFloats(p.scales, p.scale_type, at, columns, natural);
-    if (p.zero_kind == kCentre) {
-      for (int c = 0; c < kBytes; ++c) zeros[c] = p.centre;
-    } else if (p.zero_kind == kReal) {
+    for (int v = 0; v < 4; ++v) S::StoreF(scales + v * kLanes, S::LoadStrided(natural + 4 * v));
+    if (p.zero_kind == kCentre) return;
+    if (p.zero_kind == kReal) {
       ToFloats(p.zeros, p.zero_type, at, columns, zeros);
     } else {
       const int64_t bit = group * p.bits, byte = bit / 8;
@@ -179,10 +182,7 @@ struct Quant {
       }
     }
     for (int c = 0; c < kBytes; ++c) zeros[c] *= natural[c];
-    for (int v = 0; v < 4; ++v) {
-      S::StoreF(scales + v * kLanes, S::LoadStrided(natural + 4 * v));
-      S::StoreF(offsets + v * kLanes, S::LoadStrided(zeros + 4 * v));
-    }
+    for (int v = 0; v < 4; ++v) S::StoreF(offsets + v * kLanes, S::LoadStrided(zeros + 4 * v));
   }
 
   // ---- a range of columns ------------------------------------------------------------------------------------------------

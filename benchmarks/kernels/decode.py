@@ -4,10 +4,12 @@
     python -m benchmarks.kernels.decode --layers 2 --repeats 1    (a quick look)
 
 The model has TinyLlama's shape and random weights. All projections and the head are rounded to nearest at 4 bits,
-symmetric, in groups of 32 with float16 scales, which is what Q4_0 holds; the token table is float32. llama.cpp reads
-these very codes and scales from a file that effjax wrote. The dense side is the same values in float32, by XLA.
-A run is a prompt of 512 tokens, then single tokens, the likeliest each time; the three sides take turns. llama.cpp runs
-in an environment of its own, built from source with pip where `--environment` has none; its cache is float16, ours
+symmetric, with float16 scales; the token table is float32. effjax runs in groups of 128 with int8 activations and a
+cache of float16: llama.cpp has such activations and such a cache as well. A second side of effjax runs what Q4_0 holds,
+groups of 32, with activations as exact as float32: llama.cpp reads these very codes and scales from a file that effjax
+wrote, and their logits are compared. The dense side is the same values in float32, by XLA.
+A run is a prompt of 512 tokens, then single tokens, the likeliest each time; the sides take turns. llama.cpp runs in an
+environment of its own, built from source with pip where `--environment` has none. Caches of the other sides are
 float32. Loading, compiling and a first run of each side are not counted.
 
 Bytes of a token are those of the weights and of the cache that a step reads; the triad is measured in the same run.
@@ -51,14 +53,16 @@ TINYLLAMA = DecoderConfig(
     max_position_embeddings=2048,
     tie_word_embeddings=False,
 )
-METHOD = ej.quantize.RTN(bits=4, group_size=32, symmetric=True)
-OURS, DENSE, PEER = "effjax 4 bits", "effjax float32", "llama.cpp Q4_0"
+Q4_0 = ej.quantize.RTN(bits=4, group_size=32, symmetric=True)
+WIDER = ej.quantize.RTN(bits=4, group_size=128, symmetric=True)
+OURS, SAME = "effjax 4 bits, group 128, int8 activations", "effjax 4 bits, Q4_0's codes, exact"
+DENSE, PEER = "effjax float32", "llama.cpp Q4_0"
 
 
-def random_params(config: DecoderConfig, seed: int = 0) -> Any:
+def random_params(config: DecoderConfig, method: Any, seed: int = 0) -> Any:
     """Packed random weights, made one after the other so that no dense model is ever held."""
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    packed = jax.jit(METHOD.quantize)
+    packed = jax.jit(method.quantize)
     flat: dict[str, Any] = {}
     for number, (path, leaf) in enumerate(leaves_with_paths(shapes)):
         key = jax.random.fold_in(jax.random.key(seed), number)
@@ -88,14 +92,22 @@ class Side:
     bytes_per_token: int
 
 
-def our_side(name: str, config: DecoderConfig, params: Any, prompt: list[int], new: int) -> tuple[Side, Any]:
-    """effjax with compressed or dense parameters, and a function for the logits behind the prompt."""
+def our_side(
+    name: str, config: DecoderConfig, params: Any, prompt: list[int], new: int, *, like_peer: bool = False
+) -> tuple[Side, Any]:
+    """effjax with compressed or dense parameters, and a function for the logits behind the prompt.
+
+    `like_peer` has what llama.cpp has: int8 activations, and a cache of float16.
+    """
     # Lifted with no allowance: a dense copy of a packed weight would raise.
     apply = ej.lift(DecoderApply(config), on_materialize="error", limit=0)
+    if any(map(ej.is_compressed, jax.tree.leaves(params, is_leaf=ej.is_compressed))):
+        params = ej.prepare(params, activation_bits=8 if like_peer else None)
     tokens, lengths = jnp.asarray([prompt], jnp.int32), jnp.asarray([len(prompt)], jnp.int32)
 
     def cache() -> Any:
-        return new_cache(config, batch=1, slots=len(prompt) + new + 1, split=True)
+        dtype = "float16" if like_peer else None
+        return new_cache(config, batch=1, slots=len(prompt) + new + 1, split=True, dtype=dtype)
 
     compiled: CompiledGenerate = compile_generate(apply, params, cache(), tokens, lengths, max_new_tokens=new + 1)
     print(f"decode: {name}: compiled in {compiled.compile_s:.0f} s", file=sys.stderr)
@@ -207,10 +219,10 @@ def main(argv: list[str] | None = None) -> int:
 def measure(arguments: argparse.Namespace, config: DecoderConfig, work: Path) -> int:
     prompt = np.random.default_rng(1).integers(0, config.vocab_size, arguments.prompt).tolist()
     new = arguments.new
-    params = random_params(config)
+    params = random_params(config, Q4_0)
     dense = DENSE not in arguments.without
-    ours, our_logits = our_side(OURS, config, params, prompt, new)
-    sides = [ours]
+    same, our_logits = our_side(SAME, config, params, prompt, new)
+    sides = [our_side(OURS, config, random_params(config, WIDER), prompt, new, like_peer=True)[0], same]
     load = os.getloadavg()[0]
     if load > arguments.threads + 1:  # this process counts as well
         print(

@@ -36,21 +36,27 @@ class Generate:
     """Prints tokens a second, the time to the first token and the bytes of weights and cache a token (on stderr)."""
 
     def run(self) -> int:
+        import jax
+
         from effjax.compress import float32_apply, runnable_params
         from effjax.models.compiled_generate import generate_text_measured
         from effjax.models.generate import generate_text
+        from effjax.prepare import can_prepare, prepare
 
         if self.batch < 1:
             raise ConfigError(f"--batch {self.batch}: at least one continuation")
         model = open_model(self.model).model
         apply = float32_apply(model)
+        params = model.params if self.packed else runnable_params(model.params)
+        if jax.default_backend() == "cpu" and can_prepare(params):
+            params = prepare(params)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
             "apply": apply,
-            "params": model.params if self.packed else runnable_params(model.params),
+            "params": params,
         }
         model = dataclasses.replace(model, config=apply.decoder.config)
         prompts = [self.prompt] * self.batch
