@@ -1,7 +1,8 @@
 """Which implementation of a compressed product runs, by platform and shape: never one that is slower than dense.
 
 A product with `rows` rows moves bytes and does operations. Each implementation is modelled by how much of the bandwidth
-and of the arithmetic it reaches; the constants of the model are crossovers measured with `benchmarks/kernels`.
+and of the arithmetic it reaches. The constants for the CPU were measured with `benchmarks/kernels/cpu.py`; those for
+TPUs and GPUs, of which none was at hand, are estimates.
 """
 
 import dataclasses
@@ -12,6 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from effjax.arrays.base import CompressedArray
+from effjax.arrays.codebook import Codebook
+from effjax.arrays.hashed import Hashed
+from effjax.arrays.prepared import Prepared
+from effjax.arrays.quantized import Quantized
 from effjax.ops.implementations import KERNELS, Kernel
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}  # of jax's lowering, to the name of their kernels
@@ -57,7 +62,15 @@ def why_not(name: str, rows: int, x_dtype: Any, w: CompressedArray, *, transpose
     return found.why_not(rows, jnp.dtype(x_dtype), w, transpose=transpose)
 
 
-def choose(platform: str, rows: int, x_dtype: Any, w: CompressedArray, *, transpose: bool = False) -> str:
+def choose(
+    platform: str,
+    rows: int,
+    x_dtype: Any,
+    w: CompressedArray,
+    *,
+    transpose: bool = False,
+    activation_bits: int | None = None,
+) -> str:
     """The implementation for a program on one device of a platform.
 
     Args:
@@ -66,6 +79,7 @@ def choose(platform: str, rows: int, x_dtype: Any, w: CompressedArray, *, transp
         x_dtype: of `x`.
         w: the matrix, or its abstract shape.
         transpose: multiply by `W.T`.
+        activation_bits: as in `matmul`.
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
@@ -73,12 +87,18 @@ def choose(platform: str, rows: int, x_dtype: Any, w: CompressedArray, *, transp
         >>> choose("tpu", 1, jnp.float64, w)
         'reference'
     """
-    candidates = estimates(platform, rows, x_dtype, w, transpose=transpose)
-    return min(candidates, key=lambda name: candidates[name])
+    found = estimates(platform, rows, x_dtype, w, transpose=transpose, activation_bits=activation_bits)
+    return min(found, key=lambda name: found[name])
 
 
 def estimates(
-    platform: str, rows: int, x_dtype: Any, w: CompressedArray, *, transpose: bool = False
+    platform: str,
+    rows: int,
+    x_dtype: Any,
+    w: CompressedArray,
+    *,
+    transpose: bool = False,
+    activation_bits: int | None = None,
 ) -> dict[str, float]:
     """Modelled seconds of every implementation that takes the operands; "reference" is always among them."""
     machine = MACHINES[platform]
@@ -89,20 +109,32 @@ def estimates(
     found = {}
     if platform == "cpu":
         # XLA unpacks one code after the other, about 5e8 a second, and writes the dense matrix where it is not tiled.
-        unpack = weights / 5e8
-        found["reference"] = unpack + 2 * dense / machine.bandwidth + arithmetic
+        found["reference"] = weights / 5e8 + 2 * dense / machine.bandwidth + arithmetic
         found["blocked"] = weights / 8e9 + max(stream, arithmetic)
+        share = _cpu_share(w, activation_bits or 8 * min(jnp.dtype(x_dtype).itemsize, 3))
     else:
         found["reference"] = stream + 2 * dense / machine.bandwidth + arithmetic
-    name = PLATFORMS[platform]
-    if kernel(name, w) is not None and not unfit(platform):
         # Half the arithmetic of a dense product is what the Hopper kernels are assumed to reach with many rows.
-        found[name] = max(stream, arithmetic * (2.0 if platform == "cuda" else 0.9))
+        share = 2.0 if platform == "cuda" else 0.9
+    name = PLATFORMS[platform]
+    if kernel(name, w) is not None and not unfit(platform, w):
+        found[name] = max(stream, arithmetic * share)
     return {name: t for name, t in found.items() if not why_not(name, rows, x_dtype, w, transpose=transpose)}
 
 
-def unfit(platform: str) -> str:
-    """Why the kernels of a platform are not chosen unasked, in one sentence; empty where they are."""
+def _cpu_share(w: CompressedArray, activation_bits: int) -> float:
+    """The time of a native product with many rows, as a share of dense float32: measured with AVX-512 on Zen 4."""
+    w = w.array if isinstance(w, Prepared) else w
+    if not isinstance(w, Quantized):
+        return 1.05 if isinstance(w, Codebook) else activation_bits / 24
+    # A block of inputs costs its products, a byte of the activations each, and bringing its sums to floats.
+    return (0.59 + 22 / min(w.group_size, 256)) * activation_bits / 24
+
+
+def unfit(platform: str, w: CompressedArray) -> str:
+    """Why the kernel of a platform is not chosen unasked, in one sentence; empty where it is."""
+    if platform == "tpu" and isinstance(w, Hashed):
+        return "the kernel hashes every weight again at every product: name implementation='tpu' to have it"
     if platform != "cuda":
         return ""
     try:
@@ -131,7 +163,7 @@ def explain(w: CompressedArray, rows: int, x_dtype: Any = jnp.float32, *, transp
                 figure, note = f"{times[name] * 1e6:.1f}", "yes" if name == best else ""
             else:
                 figure = ""
-                note = why_not(name, rows, x_dtype, w, transpose=transpose) or unfit(platform)
+                note = why_not(name, rows, x_dtype, w, transpose=transpose) or unfit(platform, w)
             lines.append(f"{platform:<9} {name:<15} {figure:>11}  {note}".rstrip())
     return "\n".join(lines)
 

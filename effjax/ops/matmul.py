@@ -269,10 +269,18 @@ def _chosen_shape(x: Any, *fields: Any, treedef: Any, transpose: bool, **_: Any)
 
 
 def _chosen_on(platform: str) -> Callable[..., jax.Array]:
-    def run(x: jax.Array, *fields: jax.Array, treedef: Any, transpose: bool, **static: Any) -> jax.Array:
+    def run(
+        x: jax.Array,
+        *fields: jax.Array,
+        treedef: Any,
+        transpose: bool,
+        precision: Any,
+        activation_bits: int | None,
+    ) -> jax.Array:
         w = treedef.unflatten(fields)
-        name = dispatch.choose(platform, math.prod(x.shape[:-1]), x.dtype, w, transpose=transpose)
-        return _run(name, x, w, transpose=transpose, **static).astype(_accumulator(x, w))
+        how: dict[str, Any] = {"transpose": transpose, "activation_bits": activation_bits}
+        name = dispatch.choose(platform, math.prod(x.shape[:-1]), x.dtype, w, **how)
+        return _run(name, x, w, precision=precision, **how).astype(_accumulator(x, w))
 
     return run
 
