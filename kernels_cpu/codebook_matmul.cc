@@ -86,11 +86,7 @@ ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
   p.ordered = scratch->typed_data();
 
   const float* input = x.typed_data();
-  if (p.rows * p.in < kWorthAThread) {
-    for (int64_t row = 0; row < p.rows; ++row) kernel->order(p, input, row);
-  } else {
-    ParallelFor(pool, p.rows, [&](int64_t row) { kernel->order(p, input, row); });
-  }
+  ParallelRows(pool, p.rows, p.in, [&](int64_t row) { kernel->order(p, input, row); });
   ParallelColumns(pool, p.rows * p.in, p.out, [&](int64_t begin, int64_t end) { kernel->columns(p, begin, end); });
   return ffi::Error::Success();
 }

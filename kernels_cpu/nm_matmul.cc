@@ -53,11 +53,7 @@ ffi::Error NmMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "nm_matmul: this processor lacks AVX-512 with VNNI and VBMI");
   }
   const float* input = x.typed_data();
-  if (p.x.rows * p.x.in < kWorthAThread) {
-    for (int64_t row = 0; row < p.x.rows; ++row) kernel->digits(p.x, input, row);
-  } else {
-    ParallelFor(pool, p.x.rows, [&](int64_t row) { kernel->digits(p.x, input, row); });
-  }
+  ParallelRows(pool, p.x.rows, p.x.in, [&](int64_t row) { kernel->digits(p.x, input, row); });
   ParallelColumns(pool, p.x.rows * p.x.in, p.out, [&](int64_t begin, int64_t end) { kernel->columns(p, begin, end); });
   return ffi::Error::Success();
 }

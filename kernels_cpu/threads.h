@@ -68,6 +68,16 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t n, const Body& body) {
 inline constexpr int64_t kColumnTile = 64;         // a multiple of the columns that any variant takes at once
 inline constexpr int64_t kWorthAThread = 1 << 15;  // numbers to touch; fewer are done before a thread has woken
 
+// Runs `row(i)` for the rows of a matrix of `width` columns.
+template <typename Row>
+void ParallelRows(xla::ffi::ThreadPool& pool, int64_t rows, int64_t width, const Row& row) {
+  if (rows * width < kWorthAThread) {
+    for (int64_t i = 0; i < rows; ++i) row(i);
+  } else {
+    ParallelFor(pool, rows, row);
+  }
+}
+
 // Runs `columns(begin, end)` over `out` columns, in parts that begin at whole tiles: about four a thread, so that none
 // waits long for another. `work` is what each column costs, in products.
 template <typename Columns>

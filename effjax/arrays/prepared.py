@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from effjax.arrays.base import CompressedArray, Spec, register, static
 from effjax.arrays.wrapping import Wrapping
@@ -37,10 +36,10 @@ class Prepared(Wrapping):
     activation_bits: int | None = static(default=None)
 
     def materialize(self) -> jax.Array:
-        return self.restore().materialize()
+        return self.untiled().materialize()
 
     def columns(self, ids: jax.Array) -> CompressedArray | None:  # type: ignore[override]
-        return self.restore().columns(ids)
+        return self.untiled().columns(ids)
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
         if self.tiled:  # a cut of the columns would be one of whole tiles, which lie along the rows
@@ -50,16 +49,19 @@ class Prepared(Wrapping):
     def logical_spec(self) -> Spec:
         return (*self.array.logical_spec()[:-2], None, None) if self.tiled else self.array.logical_spec()
 
+    def untiled(self) -> CompressedArray:
+        """The array in the order that everything but the kernels reads."""
+        if not self.tiled:
+            return self.array
+        return jax.tree.map(lambda field: from_tiles(field) if is_matrix(field, self.array) else field, self.array)
+
     def restore(self) -> CompressedArray:
         """The array as it was before `prepare`, to the byte."""
         dtypes = iter(self.stored)
-
-        def back(field: jax.Array) -> jax.Array:
-            dtype = np.dtype(next(dtypes)) if jnp.issubdtype(field.dtype, jnp.inexact) else field.dtype
-            field = field.astype(dtype)
-            return from_tiles(field) if self.tiled and is_matrix(field, self.array) else field
-
-        return jax.tree.map(back, self.array)
+        return jax.tree.map(
+            lambda field: field.astype(next(dtypes)) if jnp.issubdtype(field.dtype, jnp.inexact) else field,
+            self.untiled(),
+        )
 
 
 def is_matrix(field: Any, array: CompressedArray) -> bool:
