@@ -24,12 +24,15 @@ def test_the_native_kernel_runs_where_groups_are_large(rows, group_size):
 
 
 @NEEDS_NATIVE
-def test_small_groups_and_many_rows_go_to_xla_unless_activations_are_rough():
-    w = abstract(ej.quantize.RTN(bits=4, group_size=32), 2048, 5632)
-    assert dispatch.choose("cpu", 1, jnp.float32, w) == "cpu"
-    assert dispatch.choose("cpu", 512, jnp.float32, w) == "blocked"
-    assert dispatch.choose("cpu", 512, jnp.float32, w, activation_bits=8) == "cpu"
-    assert dispatch.choose("cpu", 512, jnp.bfloat16, w) == "cpu"
+def test_the_model_knows_groups_and_the_precision_of_activations():
+    def modelled(group_size, **options):
+        w = abstract(ej.quantize.RTN(bits=4, group_size=group_size), 2048, 5632)
+        return dispatch.estimates("cpu", 512, jnp.float32, w, **options)
+
+    assert modelled(32)["cpu"] > modelled(128)["cpu"] > modelled(128, activation_bits=8)["cpu"]
+    assert min(modelled(32), key=modelled(32).get) == "cpu"
+    refused = modelled(4)  # groups of half a run of codes
+    assert min(refused, key=refused.get) == "blocked" and "cpu" not in refused
 
 
 @pytest.mark.parametrize("platform", dispatch.PLATFORMS)
