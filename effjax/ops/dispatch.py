@@ -17,7 +17,7 @@ from effjax.arrays.codebook import Codebook
 from effjax.arrays.hashed import Hashed
 from effjax.arrays.prepared import Prepared
 from effjax.arrays.quantized import Quantized
-from effjax.ops.implementations import KERNELS, Kernel
+from effjax.ops.implementations import KERNELS, Kernel, natural_bits
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}  # of jax's lowering, to the name of their kernels
 BLOCK_WEIGHTS = 2**15  # weights of a dense tile: 128 KiB in float32, well inside the second-level cache
@@ -112,7 +112,7 @@ def estimates(
         found["reference"] = weights / 5e8 + 2 * dense / machine.bandwidth + arithmetic
         # Its tiles hold few inputs, so that a dense one stays in the cache: products of them reach half the arithmetic.
         found["blocked"] = weights / 8e9 + max(stream, 2 * arithmetic)
-        share = _cpu_share(w, activation_bits or 8 * min(jnp.dtype(x_dtype).itemsize, 3))
+        share = _cpu_share(w, activation_bits or natural_bits(jnp.dtype(x_dtype)))
     else:
         found["reference"] = stream + 2 * dense / machine.bandwidth + arithmetic
         # Half the arithmetic of a dense product is what the Hopper kernels are assumed to reach with many rows.
@@ -158,7 +158,7 @@ def explain(w: CompressedArray, rows: int, x_dtype: Any = jnp.float32, *, transp
     lines = ["platform  implementation  modelled us  chosen"]
     for platform, own in PLATFORMS.items():
         times = estimates(platform, rows, x_dtype, w, transpose=transpose)
-        best = choose(platform, rows, x_dtype, w, transpose=transpose)
+        best = min(times, key=lambda name: times[name])
         for name in dict.fromkeys((*times, "blocked", own) if platform == "cpu" else (*times, own)):
             if name in times:
                 figure, note = f"{times[name] * 1e6:.1f}", "yes" if name == best else ""

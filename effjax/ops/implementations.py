@@ -28,6 +28,11 @@ class Kernel(Protocol):
         ...
 
 
+def natural_bits(x_dtype: Any) -> int:
+    """Bits of an activation that keep what its dtype holds: 24 of float32, 16 of the 16-bit floats."""
+    return 8 * min(x_dtype.itemsize, 3)
+
+
 @dataclasses.dataclass(frozen=True)
 class CpuKernel:
     """A kernel of `kernels_cpu`: integer products of fixed-point activations, or float32 ones."""
@@ -52,7 +57,7 @@ class CpuKernel:
         del transpose
         if not self.integer:
             return self.product(x, w, tiled=tiled)
-        bits = activation_bits or (24 if x.dtype.itemsize == 4 else 16)
+        bits = activation_bits or natural_bits(x.dtype)
         return self.product(x, w, activation_bits=bits, tiled=tiled)
 
 
