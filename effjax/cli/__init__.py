@@ -1,5 +1,6 @@
 """The command line: `effjax plan · compress · convert · verify · eval · generate · report`. It parses and calls."""
 
+import _thread
 import signal
 import sys
 import threading
@@ -81,16 +82,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _terminated_like_interrupted:
-    """Lets SIGTERM clean up as Ctrl-C does, where signals can be handled at all (the main thread)."""
+    """Lets SIGTERM clean up as Ctrl-C does, where signals can be handled at all (the main thread).
+
+    An interrupt that falls into a finalizer or a callback of the garbage collector (jax has one) cannot be raised from
+    there: Python prints it and goes on. It is therefore sent again a moment later, so none is lost.
+    """
 
     def __enter__(self) -> None:
         self.previous: Any = None
         if threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGTERM, _interrupt)
+            self.previous_hook = sys.unraisablehook
+            sys.unraisablehook = self._send_again
 
     def __exit__(self, *_: object) -> None:
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
+            sys.unraisablehook = self.previous_hook
+
+    def _send_again(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # Not from here: what is raised inside this hook would be lost as well.
+            threading.Timer(0.01, _thread.interrupt_main, (signal.SIGTERM,)).start()
+        else:
+            self.previous_hook(unraisable)
 
 
 def _interrupt(*_: object) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from effjax.cli import main
+from effjax.cli import _terminated_like_interrupted, main
 from tests.cli.conftest import Ran
 
 COMPRESS = "compress tiny --method rtn --bits 4 --group-size 16 --out small"
@@ -286,3 +287,16 @@ def test_terminated(work: Path) -> None:
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "effjax: error: interrupted; nothing unfinished was left behind"
     assert listing(work) == before
+
+
+def test_interrupt_in_a_finalizer_is_not_lost() -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), _terminated_like_interrupted():
+        finalized = Finalized()
+        del finalized  # Python cannot raise from here
+        threading.Event().wait(30)
+    assert sys.unraisablehook is hook
