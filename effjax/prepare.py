@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from effjax.arrays.base import CompressedArray, PyTree
 from effjax.arrays.codebook import Codebook
 from effjax.arrays.nm_sparse import NMSparse
-from effjax.arrays.prepared import TILE, Prepared, is_matrix, to_tiles
+from effjax.arrays.prepared import Prepared, is_matrix, to_tiles
 from effjax.arrays.quantized import Quantized
 from effjax.errors import LeafError
 
@@ -19,10 +19,11 @@ def prepare(params: PyTree, *, activation_bits: int | None = None) -> PyTree:
     """Compressed leaves in the form that products read fastest on the CPU; pure, and undone by `restore`.
 
     Every product works without it. What it changes: the fields of a matrix whose outputs 64 divides are put in tiles of
-    64 columns, which a product of one row reads from one end to the other; tables and scales of codebooks and sparse
-    weights become float32, which they are converted to at every product otherwise; and `activation_bits=8` asks for
-    products that quantize their activations to int8, which nothing does on its own. Tiled leaves are for one device and
-    for running: gradients and other platforms undo the tiles at every product.
+    64 columns, which a product of one row reads from one end to the other; those of codebooks are put column by column,
+    where lookups need them; tables and scales of codebooks and sparse weights become float32, which they are converted
+    to at every product otherwise; and `activation_bits=8` asks for products that quantize their activations to int8,
+    which nothing does on its own. Such leaves are for one device and for running: gradients and other platforms undo
+    the order at every product.
 
     Args:
         params: pytree; dense leaves and other compressed ones stay as they are. Works under `jit` and `eval_shape`.
@@ -88,14 +89,21 @@ def _stops(x: Any) -> bool:
 
 
 def _prepared(leaf: CompressedArray, activation_bits: int | None) -> Prepared:
-    tiled = leaf.shape[-1] % TILE == 0
+    tile = _tile(leaf)
     narrow = isinstance(leaf, Codebook | NMSparse)
     bulk = leaf.values if isinstance(leaf, NMSparse) else None  # floating values stay in their dtype
 
     def ready(field: jax.Array) -> jax.Array:
         if narrow and field is not bulk and jnp.issubdtype(field.dtype, jnp.inexact):
             field = field.astype(jnp.float32)
-        return to_tiles(field) if tiled and is_matrix(field, leaf) else field
+        return to_tiles(field, tile) if tile and is_matrix(field, leaf) else field
 
     stored = tuple(x.dtype.name for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.inexact))
-    return Prepared(array=jax.tree.map(ready, leaf), stored=stored, tiled=tiled, activation_bits=activation_bits)
+    return Prepared(array=jax.tree.map(ready, leaf), stored=stored, tile=tile, activation_bits=activation_bits)
+
+
+def _tile(leaf: CompressedArray) -> int:
+    """Columns that the CPU kernel of the leaf wants together."""
+    if isinstance(leaf, Codebook) and 8 % leaf.bits == 0:
+        return 1
+    return 64 if leaf.shape[-1] % 64 == 0 else 0

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include "codebook_matmul.h"
 #include "unpack.h"
@@ -55,13 +56,99 @@ struct Lookup {
     }
   }
 
-  // ---- one row: weights are used as they are looked up -----------------------------------------------------------
+  // The same words, of codes that lie column by column. What is beyond the inputs reads as zero.
+  static void Copy(const CodebookProblem& p, int64_t chunk, int64_t column, int64_t columns, uint8_t* words) {
+    const int64_t bytes = BytesOfColumn(p), there = Min(kBytes, bytes - chunk * kBytes);
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint8_t* from = p.codes.data + (column + c) * bytes + chunk * kBytes;
+      S::Store(words + c * kBytes, there == kBytes ? S::Load(from) : LoadRow<S, false>(from, there));
+    }
+  }
+
+  static int64_t BytesOfColumn(const CodebookProblem& p) { return (p.in * p.bits + 7) / 8; }
+
+  // ---- one row, column by column: a read of activations serves several columns -----------------------------------
+
+  template <int kBits>
+  static void OneRowAlong(const CodebookProblem& p, int64_t begin, int64_t end) {
+    std::vector<float> spread;
+    if (p.scales != nullptr) spread.resize(static_cast<size_t>(S::kLookupColumns * (p.chunks + 1) * kLanes));
+    int64_t column = begin;
+    for (; column + S::kLookupColumns <= end; column += S::kLookupColumns) {
+      Along<kBits, S::kLookupColumns>(p, column, spread.data());
+    }
+    for (; column < end; ++column) Along<kBits, 1>(p, column, spread.data());
+  }
+
+  template <int kBits, int kColumns>
+  static void Along(const CodebookProblem& p, int64_t column, float* spread) {
+    constexpr int kFields = static_cast<int>(FieldsOf(kBits));
+    const int64_t bytes = BytesOfColumn(p), inputs = kLanes * kFields, stride = (p.chunks + 1) * kLanes;
+    const int64_t table_chunks = p.table_inputs < p.in ? p.table_inputs / inputs : p.chunks;
+    if (p.scales != nullptr) {
+      for (int c = 0; c < kColumns; ++c) Spread(p, column + c, kFields, spread + c * stride);
+    }
+    F total[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) total[c] = S::Set(0.0f);
+    for (int64_t first = 0; first < p.chunks; first += table_chunks) {
+      typename S::template Table<kBits> tables[kColumns];
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) {
+        tables[c] = typename S::template Table<kBits>(TableOf(p, first * inputs, column + c), p.entries);
+      }
+      for (int64_t chunk = first; chunk < first + table_chunks; ++chunk) {
+        const float* x = p.ordered + chunk * inputs;
+        const uint8_t* codes = p.codes.data + column * bytes + chunk * kBytes;
+        const int64_t there = bytes - chunk * kBytes;
+        I words[kColumns];
+        F sums[kColumns];
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
+          words[c] = there >= kBytes ? S::Load(codes + c * bytes) : LoadRow<S, false>(codes + c * bytes, there);
+          __builtin_prefetch(codes + (kColumns + c) * bytes);
+          sums[c] = p.scales == nullptr ? total[c] : S::Set(0.0f);
+        }
+#pragma GCC unroll 32
+        for (int k = 0; k < kFields; ++k) {
+          const F a = S::LoadF(x + k * kLanes);
+#pragma GCC unroll 4
+          for (int c = 0; c < kColumns; ++c) sums[c] = S::Fma(tables[c].At(words[c], k), a, sums[c]);
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
+          if (p.scales == nullptr) {
+            total[c] = sums[c];
+          } else {
+            total[c] = S::Fma(sums[c], S::LoadF(spread + c * stride + chunk * kLanes), total[c]);
+          }
+        }
+      }
+    }
+    for (int c = 0; c < kColumns; ++c) {
+      alignas(64) float lanes[kLanes];
+      S::StoreF(lanes, total[c]);
+      p.y[column + c] = Total(lanes);
+    }
+  }
+
+  // The scale of every word of a column. A vector is written where a group begins, also beyond its end, which the next
+  // group then overwrites.
+  static void Spread(const CodebookProblem& p, int64_t column, int64_t fields, float* to) {
+    const int64_t groups = p.in / p.group_size, words = (p.group_size + fields - 1) / fields;
+    for (int64_t group = 0; group < groups; ++group) {
+      const F scale = S::Set(p.scales[column * groups + group]);
+      for (int64_t i = 0; i < words; i += kLanes) S::StoreF(to + group * words + i, scale);
+    }
+  }
+
+  // ---- one row of codes by rows of bytes: weights are used as they are looked up ---------------------------------
 
   template <int kBits>
   static void OneRow(const CodebookProblem& p, int64_t begin, int64_t end) {
     constexpr int64_t kFields = FieldsOf(kBits);
     constexpr int64_t kWide = 8 * kBytes;
-    const int64_t width = p.tiled ? 64 : kWide;  // of a pass: the bytes of a row of codes are read in one go
+    const int64_t width = p.tile == 64 ? 64 : kWide;  // of a pass: the bytes of a row of codes are read in one go
     alignas(64) uint8_t words[kBytes * kBytes];
     alignas(64) float scales[kBytes * kLanes];
     alignas(64) float sums[kWide * kLanes];
@@ -116,7 +203,11 @@ struct Lookup {
         for (int64_t chunk = 0; chunk < p.chunks; chunk += kSpan) {
           const int64_t span = Min(kSpan, p.chunks - chunk);
           for (int64_t i = 0; i < span; ++i) {
-            Turn<kBits>(p, chunk + i, column, columns, kWeights * kBits / 8 * p.codes.row, words[i]);
+            if (p.tile == 1) {
+              Copy(p, chunk + i, column, columns, words[i]);
+            } else {
+              Turn<kBits>(p, chunk + i, column, columns, kWeights * kBits / 8 * p.codes.row, words[i]);
+            }
             if (p.scales != nullptr) Scales(p, (chunk + i) * kWeights, kFields, column, columns, scales[i]);
           }
           const float* x = p.ordered + row * stride + chunk * kWeights;
@@ -213,8 +304,10 @@ struct Lookup {
       const int64_t input = Min(first + lane * fields, p.in - 1);  // beyond the inputs x is zero
       const int64_t group = input / p.group_size, groups = p.in / p.group_size;
       const float* from =
-          p.scales + (p.tiled ? (column / 64 * groups + group) * 64 + column % 64 : group * p.out + column);
-      for (int64_t c = 0; c < columns; ++c) scales[c * kLanes + lane] = from[c];
+          p.scales + (p.tile == 64 ? (column / 64 * groups + group) * 64 + column % 64
+                       : p.tile == 1 ? column * groups + group : group * p.out + column);
+      const int64_t step = p.tile == 1 ? groups : 1;
+      for (int64_t c = 0; c < columns; ++c) scales[c * kLanes + lane] = from[c * step];
     }
   }
 
@@ -226,10 +319,12 @@ struct Lookup {
 
   template <int kBits>
   static void ColumnsOf(const CodebookProblem& p, int64_t begin, int64_t end) {
-    if (p.rows == 1) {
-      OneRow<kBits>(p, begin, end);
-    } else {
+    if (p.rows > 1) {
       ManyRows<kBits>(p, begin, end);
+    } else if (p.tile == 1) {
+      if constexpr (8 % kBits == 0) OneRowAlong<kBits>(p, begin, end);
+    } else {
+      OneRow<kBits>(p, begin, end);
     }
   }
 

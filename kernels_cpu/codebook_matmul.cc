@@ -28,7 +28,7 @@ const CodebookKernel* Choose(int64_t variant) {
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("codebook_matmul: " + what); }
 
 ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes,
-                          ffi::Buffer<ffi::F32> tables, ffi::Buffer<ffi::F32> scales, int64_t bits, int64_t variant, bool tiled,
+                          ffi::Buffer<ffi::F32> tables, ffi::Buffer<ffi::F32> scales, int64_t bits, int64_t variant, int64_t tile,
                           ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> scratch) {
   CodebookProblem p = {};
   if (x.dimensions().size() != 2 || codes.dimensions().size() != 2 || tables.dimensions().size() != 3 ||
@@ -74,9 +74,10 @@ ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
     }
     p.scales = scales.typed_data();
   }
-  if (tiled && p.out % 64 != 0) return Bad("tiles are of 64 columns, which do not divide " + std::to_string(p.out));
-  p.tiled = tiled;
-  p.codes = RowsOf(codes.typed_data(), codes.dimensions()[0], p.out, tiled);
+  if (const char* error = TileError(tile, p.out, true)) return Bad(error);
+  if (tile == 1 && 8 % bits != 0) return Bad("codes that cross bytes cannot lie column by column");
+  p.tile = tile;
+  p.codes = RowsOf(codes.typed_data(), codes.dimensions()[0], p.out, tile);
   p.tables = tables.typed_data();
   p.y = y->typed_data();
   p.chunks = (p.in + chunk - 1) / chunk;
@@ -105,6 +106,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxCodebookMatmul, effjax::CodebookMatmul,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("variant")
-                                  .Attr<bool>("tiled")
+                                  .Attr<int64_t>("tile")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

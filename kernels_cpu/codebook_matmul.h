@@ -3,8 +3,8 @@
 // y[m, o] = sum_i x[m, i] * scales[g(i), o] * tables[t(i), c(o), code[i, o]]
 //
 // Lanes are inputs: all weights of a vector belong to one column, so their table sits in registers, and a lookup is one
-// permutation. Codes lie in memory by rows of bytes; 32 bits of each of many columns are turned so that a column's
-// stand side by side.
+// permutation. Codes that lie in memory by rows of bytes are turned first, so that 32 bits of a column stand side by
+// side; `prepare` stores them so.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ struct CodebookProblem {
   int64_t table_inputs, table_outputs; // inputs and outputs that share a table
   int64_t out_groups;                  // tables side by side
   int64_t group_size;                  // inputs that share a scale
-  bool tiled;                          // codes and scales lie in tiles of 64 columns
+  int64_t tile;                        // of codes and scales, see `Rows`
   Rows codes;                          // [ceil(in * bits / 8), out]
   const float* tables;                 // [in / table_inputs, out_groups, entries]
   const float* scales;                 // [in / group_size, out], or null

@@ -32,7 +32,7 @@ def why_not(w: "Codebook") -> str:
 
 
 def codebook_matmul(
-    x: Float[Array, "*batch in"], w: "Codebook", *, variant: str = "auto", tiled: bool = False
+    x: Float[Array, "*batch in"], w: "Codebook", *, variant: str = "auto", tile: int = 0
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a matrix of table entries `[in, out]`, in float32.
 
@@ -40,7 +40,7 @@ def codebook_matmul(
         x: floating `[*batch, in]`.
         w: 2 to 256 entries a table; tables of up to 16 (AVX-512: 64) values are looked up in registers.
         variant: "auto" takes the fastest that this processor runs; "portable", "avx2" and "avx512" name one.
-        tiled: codes and scales lie in tiles of 64 columns (`effjax.prepare`).
+        tile: 64 where codes and scales lie in tiles of 64 columns (`effjax.prepare`), 1 column by column.
 
     Returns:
         float32 `[*batch, out]`.
@@ -76,7 +76,7 @@ def codebook_matmul(
         jnp.zeros((0, out), jnp.float32) if scales is None else scales,  # an empty array stands for no scales
         bits=np.int64(w.bits),
         variant=np.int64(variants.VARIANTS[variant]),
-        tiled=tiled,
+        tile=np.int64(tile),
     )
     return y.reshape(*x.shape[:-1], out)
 

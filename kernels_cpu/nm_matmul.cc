@@ -15,7 +15,7 @@ namespace {
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("nm_matmul: " + what); }
 
 ffi::Error NmMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes,
-                    ffi::Buffer<ffi::U8> indices, ffi::Buffer<ffi::F32> scales, int64_t digits, bool tiled,
+                    ffi::Buffer<ffi::U8> indices, ffi::Buffer<ffi::F32> scales, int64_t digits, int64_t tile,
                     ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> scratch) {
   NmProblem p = {};
   if (x.dimensions().size() != 2 || codes.dimensions().size() != 2 || indices.dimensions().size() != 2 ||
@@ -42,10 +42,10 @@ ffi::Error NmMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   p.x.per_byte = 1;
   if (static_cast<int64_t>(scratch->element_count()) < Arrange(&p.x)) return Bad("the scratch buffer is too small");
   Place(&p.x, scratch->typed_data());
-  if (tiled && p.out % 64 != 0) return Bad("tiles are of 64 columns, which do not divide " + std::to_string(p.out));
-  p.tiled = tiled;
-  p.codes = RowsOf(codes.typed_data(), codes.dimensions()[0], p.out, tiled);
-  p.indices = RowsOf(indices.typed_data(), indices.dimensions()[0], p.out, tiled);
+  if (const char* error = TileError(tile, p.out, false)) return Bad(error);
+  p.tiled = tile == 64;
+  p.codes = RowsOf(codes.typed_data(), codes.dimensions()[0], p.out, tile);
+  p.indices = RowsOf(indices.typed_data(), indices.dimensions()[0], p.out, tile);
   p.scales = scales.typed_data();
   p.y = y->typed_data();
   const NmKernel* kernel = HasAvx512() ? kNmAvx512 : nullptr;
@@ -71,6 +71,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxNmMatmul, effjax::NmMatmul,
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("digits")
-                                  .Attr<bool>("tiled")
+                                  .Attr<int64_t>("tile")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U8>>());

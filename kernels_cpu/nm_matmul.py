@@ -31,7 +31,7 @@ def why_not(w: "NMSparse") -> str:
 
 
 def nm_matmul(
-    x: Float[Array, "*batch in"], w: "NMSparse", *, activation_bits: int = 24, tiled: bool = False
+    x: Float[Array, "*batch in"], w: "NMSparse", *, activation_bits: int = 24, tile: int = 0
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a sparse matrix `[in, out]` of which two in four inputs are kept, at 4 bits.
 
@@ -39,7 +39,7 @@ def nm_matmul(
         x: floating `[*batch, in]`; computed in float32.
         w: values on a symmetric grid of 4 bits (see `why_not`).
         activation_bits: 24, 16 or 8, as in `quant_matmul`.
-        tiled: codes, indices and scales lie in tiles of 64 columns (`effjax.prepare`).
+        tile: 64 where codes, indices and scales lie in tiles of 64 columns (`effjax.prepare`).
 
     Returns:
         float32 `[*batch, out]`.
@@ -70,5 +70,7 @@ def nm_matmul(
         jax.ShapeDtypeStruct((scratch_bytes(m, n, n // groups, RUN, digits),), jnp.uint8),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxNmMatmul"), results, vmap_method="sequential")
-    y, _ = call(rows, values.codes, w.indices, values.scales.astype(jnp.float32), digits=np.int64(digits), tiled=tiled)
+    y, _ = call(
+        rows, values.codes, w.indices, values.scales.astype(jnp.float32), digits=np.int64(digits), tile=np.int64(tile)
+    )
     return y.reshape(*x.shape[:-1], out)

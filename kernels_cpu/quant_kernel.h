@@ -172,7 +172,7 @@ struct Quant {
     } else {
       const int64_t bit = group * p.bits, byte = bit / 8;
       const int shift = static_cast<int>(bit % 8);
-      const Rows rows = RowsOf(static_cast<const uint8_t*>(p.zeros), (groups * p.bits + 7) / 8, p.out, p.tiled);
+      const Rows rows = RowsOf(static_cast<const uint8_t*>(p.zeros), (groups * p.bits + 7) / 8, p.out, p.tiled ? 64 : 0);
       const uint8_t* low = rows.At(byte, column);
       const uint8_t* high = shift + p.bits > 8 ? rows.At(byte + 1, column) : low;
       const uint32_t mask = (1u << p.bits) - 1;

@@ -40,7 +40,7 @@ bool FloatType(ffi::DataType type, ScaleType* found) {
 }
 
 ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
-                       ffi::AnyBuffer zeros, int64_t bits, int64_t digits, int64_t variant, bool tiled,
+                       ffi::AnyBuffer zeros, int64_t bits, int64_t digits, int64_t variant, int64_t tile,
                        ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> scratch) {
   QuantProblem p = {};
   if (x.dimensions().size() != 2 || codes.dimensions().size() != 2 || scales.dimensions().size() != 2 ||
@@ -79,9 +79,9 @@ ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
     if (!FloatType(zeros.element_type(), &p.zero_type)) return Bad("zeros must be packed in uint8, or floating");
     if (zeros.dimensions()[0] != groups || zeros.dimensions()[1] != p.out) return Bad("zeros must be one a scale");
   }
-  if (tiled && p.out % 64 != 0) return Bad("tiles are of 64 columns, which do not divide " + std::to_string(p.out));
-  p.tiled = tiled;
-  p.codes = RowsOf(codes.typed_data(), codes.dimensions()[0], p.out, tiled);
+  if (const char* error = TileError(tile, p.out, false)) return Bad(error);
+  p.tiled = tile == 64;
+  p.codes = RowsOf(codes.typed_data(), codes.dimensions()[0], p.out, tile);
   p.scales = scales.untyped_data();
   p.zeros = zeros.untyped_data();
   p.y = y->typed_data();
@@ -117,6 +117,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxQuantMatmul, effjax::QuantMatmul,
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("digits")
                                   .Attr<int64_t>("variant")
-                                  .Attr<bool>("tiled")
+                                  .Attr<int64_t>("tile")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U8>>());

@@ -42,7 +42,7 @@ def quant_matmul(
     *,
     activation_bits: int = 24,
     variant: str = "auto",
-    tiled: bool = False,
+    tile: int = 0,
 ) -> Float[Array, "*batch out"]:
     """Multiplies by a quantized matrix `[in, out]` of 1 to 8 bits.
 
@@ -57,7 +57,7 @@ def quant_matmul(
             with a NaN or an infinity makes the whole row NaN.
         variant: "auto" takes the fastest that this processor runs; "portable", "avx2", "avx512" and "i8mm" name one.
             All give the same sums of integers.
-        tiled: the fields of `w` lie in tiles of 64 columns (`effjax.prepare`).
+        tile: 64 where the fields of `w` lie in tiles of 64 columns (`effjax.prepare`).
 
     Returns:
         float32 `[*batch, out]`.
@@ -90,7 +90,7 @@ def quant_matmul(
         bits=np.int64(w.bits),
         digits=np.int64(digits),
         variant=np.int64(variants.VARIANTS[variant]),
-        tiled=tiled,
+        tile=np.int64(tile),
     )
     return y.reshape(*x.shape[:-1], out)
 

@@ -17,6 +17,7 @@ struct Avx2 {
   };
   using Activations = Weights;
   static constexpr int kBytes = 32;
+  static constexpr int kLookupColumns = 2;
   static constexpr int kDigitRows = 3;
   static constexpr int kTileColumns = 2, kTileRows = 5;
 
@@ -104,6 +105,7 @@ struct Avx2 {
     const float* memory;
     I last;
 
+    Table() = default;
     Table(const float* values, int64_t entries) : memory(values), last(_mm256_set1_epi32(static_cast<int>(entries) - 1)) {
       if constexpr (kBits <= 4) {
         alignas(32) float padded[16];

@@ -15,6 +15,7 @@ struct Avx512 {
   using Activations = __m512i;
   static constexpr int kBytes = 64;
   static constexpr int kTileColumns = 4, kTileRows = 6;  // likewise for sums of floats
+  static constexpr int kLookupColumns = 4;  // whose tables and sums share a read of activations
   static constexpr int kDigitRows = 6;  // 24 sums, 4 weights and 1 activation in 32 registers
 
   static I Zero() { return _mm512_setzero_si512(); }
@@ -114,6 +115,7 @@ struct Avx512 {
     const float* memory;
     I last;
 
+    Table() = default;
     Table(const float* values, int64_t entries) : memory(values), last(_mm512_set1_epi32(static_cast<int>(entries) - 1)) {
       if (kBits == 4 && entries == 16) {
         part[0] = LoadF(values);

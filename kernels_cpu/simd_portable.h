@@ -16,6 +16,7 @@ struct Portable {
     int32_t quad[4];
   };
   static constexpr int kBytes = 16;
+  static constexpr int kLookupColumns = 1;
   static constexpr int kDigitRows = 3;
   static constexpr int kTileColumns = 2, kTileRows = 2;
 
@@ -84,6 +85,7 @@ struct Portable {
     const float* values;
     uint32_t last;
 
+    Table() = default;
     Table(const float* from, int64_t entries) : values(from), last(static_cast<uint32_t>(entries) - 1) {}
     F At(I words, int k) const {
       uint32_t lanes[4];

@@ -14,8 +14,9 @@ namespace effjax {
 inline constexpr int64_t RunOf(int bits) { return 8 % bits == 0 ? 32 / bits : 8; }
 inline constexpr int64_t BytesOfRun(int bits) { return 8 % bits == 0 ? 4 : bits; }
 
-// How rows of bytes of many columns lie: side by side, `[rows, out]`, or in tiles of 64 columns, `[out / 64, rows, 64]`,
-// which a product of one row reads from one end to the other.
+// How rows of bytes of many columns lie: side by side, `[rows, out]` (tile 0); in tiles of 64 columns,
+// `[out / 64, rows, 64]`, which a product of one row reads from one end to the other; or column by column, `[out, rows]`
+// (tile 1), for kernels that take several bytes of one column.
 struct Rows {
   const uint8_t* data;
   int64_t row, tile;  // bytes from a row to the next, and from 64 columns to the next 64
@@ -23,8 +24,14 @@ struct Rows {
   const uint8_t* At(int64_t r, int64_t column) const { return data + r * row + column / 64 * tile + column % 64; }
 };
 
-inline Rows RowsOf(const uint8_t* data, int64_t rows, int64_t out, bool tiled) {
-  return tiled ? Rows{data, 64, rows * 64} : Rows{data, out, 64};
+inline const char* TileError(int64_t tile, int64_t out, bool columns) {
+  if (tile == 0 || (tile == 1 && columns)) return nullptr;
+  if (tile != 64) return columns ? "tile must be 0, 1 or 64" : "tile must be 0 or 64";
+  return out % 64 == 0 ? nullptr : "tiles are of 64 columns, which do not divide the outputs";
+}
+
+inline Rows RowsOf(const uint8_t* data, int64_t rows, int64_t out, int64_t tile) {
+  return tile == 64 ? Rows{data, 64, rows * 64} : Rows{data, out, 64};
 }
 
 // A row of codes; what is beyond the columns reads as zero.

@@ -8,31 +8,30 @@ import jax.numpy as jnp
 from effjax.arrays.base import CompressedArray, Spec, register, static
 from effjax.arrays.wrapping import Wrapping
 
-TILE = 64  # columns that lie together
-
 
 @register
 class Prepared(Wrapping):
     """The same weight as `array` was, made by `effjax.prepare` and undone by `effjax.restore`.
 
     Attributes:
-        array: compressed `[*L, in, out]`; its fields are in the order of tiles where `tiled`, so only `restore` and
-            the kernels can read them.
+        array: compressed `[*L, in, out]`; its fields are in the order of tiles where `tile` is not 0, so only
+            `restore` and the kernels can read them.
         stored: dtypes that floating fields of `array` had before, in their order.
-        tiled: whether the fields lie in tiles of 64 columns, `[*L, out / 64, rows, 64]`, under the shape they had.
+        tile: columns that lie together: fields are `[*L, out / tile, rows, tile]` under the shape they had; 0 leaves
+            them as they are.
         activation_bits: what products do to their activations, see `effjax.ops.matmul`.
 
     Example:
         >>> import effjax as ej, jax.numpy as jnp
         >>> w = ej.quantize.RTN(bits=8, group_size=None).quantize(jnp.eye(64))
         >>> ready = ej.prepare({"kernel": w}, activation_bits=8)["kernel"]
-        >>> ready.activation_bits, ready.tiled, bool(jnp.array_equal(ready.materialize(), w.materialize()))
-        (8, True, True)
+        >>> ready.activation_bits, ready.tile, bool(jnp.array_equal(ready.materialize(), w.materialize()))
+        (8, 64, True)
     """
 
     array: CompressedArray
     stored: tuple[str, ...] = static(default=())
-    tiled: bool = static(default=False)
+    tile: int = static(default=0)
     activation_bits: int | None = static(default=None)
 
     def materialize(self) -> jax.Array:
@@ -42,18 +41,20 @@ class Prepared(Wrapping):
         return self.untiled().columns(ids)
 
     def field_specs(self, spec: Spec) -> dict[str, Any]:
-        if self.tiled:  # a cut of the columns would be one of whole tiles, which lie along the rows
+        if self.tile:  # a cut of the columns would be one of whole tiles, which lie along the rows
             spec = (*spec[:-2], None, None)
         return {"array": self.array.replace(**self.array.field_specs(spec))}
 
     def logical_spec(self) -> Spec:
-        return (*self.array.logical_spec()[:-2], None, None) if self.tiled else self.array.logical_spec()
+        return (*self.array.logical_spec()[:-2], None, None) if self.tile else self.array.logical_spec()
 
     def untiled(self) -> CompressedArray:
         """The array in the order that everything but the kernels reads."""
-        if not self.tiled:
+        if not self.tile:
             return self.array
-        return jax.tree.map(lambda field: from_tiles(field) if is_matrix(field, self.array) else field, self.array)
+        return jax.tree.map(
+            lambda field: from_tiles(field, self.tile) if is_matrix(field, self.array) else field, self.array
+        )
 
     def restore(self) -> CompressedArray:
         """The array as it was before `prepare`, to the byte."""
@@ -69,13 +70,13 @@ def is_matrix(field: Any, array: CompressedArray) -> bool:
     return field.ndim == array.ndim and field.shape[-1] == array.shape[-1]
 
 
-def to_tiles(field: jax.Array) -> jax.Array:
-    """`[*L, rows, out]` in the order of `[*L, out / 64, rows, 64]`, under its own shape."""
+def to_tiles(field: jax.Array, tile: int) -> jax.Array:
+    """`[*L, rows, out]` in the order of `[*L, out / tile, rows, tile]`, under its own shape."""
     *lead, rows, out = field.shape
-    return jnp.moveaxis(field.reshape(*lead, rows, out // TILE, TILE), -2, -3).reshape(field.shape)
+    return jnp.moveaxis(field.reshape(*lead, rows, out // tile, tile), -2, -3).reshape(field.shape)
 
 
-def from_tiles(field: jax.Array) -> jax.Array:
+def from_tiles(field: jax.Array, tile: int) -> jax.Array:
     """What `to_tiles` was given."""
     *lead, rows, out = field.shape
-    return jnp.moveaxis(field.reshape(*lead, out // TILE, rows, TILE), -3, -2).reshape(field.shape)
+    return jnp.moveaxis(field.reshape(*lead, out // tile, rows, tile), -3, -2).reshape(field.shape)

@@ -52,13 +52,13 @@ class CpuKernel:
         return self.reason(w)
 
     def __call__(
-        self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None, tiled: bool = False
+        self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None, tile: int = 0
     ) -> jax.Array:
         del transpose
         if not self.integer:
-            return self.product(x, w, tiled=tiled)
+            return self.product(x, w, tile=tile)
         bits = activation_bits or natural_bits(x.dtype)
-        return self.product(x, w, activation_bits=bits, tiled=tiled)
+        return self.product(x, w, activation_bits=bits, tile=tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PreparedKernel:
 
     def __call__(self, x: jax.Array, w: Any, *, transpose: bool, activation_bits: int | None) -> jax.Array:
         kernel = self.kernels[type(w.array)]
-        return kernel(x, w.array, transpose=transpose, activation_bits=activation_bits, tiled=w.tiled)
+        return kernel(x, w.array, transpose=transpose, activation_bits=activation_bits, tile=w.tile)
 
 
 @dataclasses.dataclass(frozen=True)

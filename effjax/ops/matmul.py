@@ -71,7 +71,7 @@ def matmul(
         raise ValueError(f"matmul: activation_bits must be None, 8, 16 or 24, found {activation_bits!r}")
     if isinstance(w, Prepared):
         activation_bits = activation_bits or w.activation_bits
-        w = w if w.tiled else w.array
+        w = w if w.tile else w.array
     product = partial(matmul, precision=precision, activation_bits=activation_bits, transpose=transpose)
     if isinstance(w, Sum):
         parts = [product(x, part, out_dtype=jnp.float32) for part in w.parts]

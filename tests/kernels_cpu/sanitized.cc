@@ -83,7 +83,7 @@ void RunQuant(const char* name, const QuantKernel* kernel) {
     for (int64_t k = 0; k < p.x.rows * p.x.in; ++k) x[k] = Normal();
     Exact<uint8_t> scratch(Arrange(&p.x));
     Place(&p.x, scratch.get());
-    p.codes = effjax::RowsOf(codes.get(), (p.x.in * bits + 7) / 8, p.out, false);
+    p.codes = effjax::RowsOf(codes.get(), (p.x.in * bits + 7) / 8, p.out, 0);
     p.scales = scales.get();
     p.zeros = zeros.get();
     p.zero_kind = effjax::kPacked;
@@ -120,7 +120,9 @@ void RunCodebook(const char* name, const CodebookKernel* kernel) {
     p.table_inputs = p.in;
     p.table_outputs = p.out / p.out_groups;
     p.group_size = p.in / groups;
-    Exact<uint8_t> codes((p.in * bits + 7) / 8 * p.out);
+    p.tile = 8 % bits == 0 ? Draw(0, 1) : 0;  // by rows of bytes, or column by column
+    const int64_t bytes = (p.in * bits + 7) / 8;
+    Exact<uint8_t> codes(bytes * p.out);
     Exact<float> tables(p.out_groups * p.entries), scales(groups * p.out), x(p.rows * p.in), y(p.rows * p.out);
     for (int64_t k = 0; k < p.out_groups * p.entries; ++k) tables[k] = Normal();
     for (int64_t k = 0; k < groups * p.out; ++k) scales[k] = Normal();
@@ -129,14 +131,20 @@ void RunCodebook(const char* name, const CodebookKernel* kernel) {
     for (int64_t k = 0; k < p.in; ++k) {
       for (int64_t o = 0; o < p.out; ++o) {
         const int64_t code = Draw(0, p.entries - 1);
-        PutCode(codes.get(), p.out, o, k, bits, static_cast<unsigned>(code));
+        if (p.tile == 1) {
+          PutCode(codes.get() + o * bytes, 1, 0, k, bits, static_cast<unsigned>(code));
+        } else {
+          PutCode(codes.get(), p.out, o, k, bits, static_cast<unsigned>(code));
+        }
+        const int64_t group = k / p.group_size;
         w[static_cast<size_t>(k * p.out + o)] =
-            double{tables[o / p.table_outputs * p.entries + code]} * scales[k / p.group_size * p.out + o];
+            double{tables[o / p.table_outputs * p.entries + code]} *
+            scales[p.tile == 1 ? o * groups + group : group * p.out + o];
       }
     }
     p.chunks = (p.in + chunk - 1) / chunk;
     Exact<float> ordered(p.rows * p.chunks * chunk);
-    p.codes = effjax::RowsOf(codes.get(), (p.in * bits + 7) / 8, p.out, false);
+    p.codes = effjax::RowsOf(codes.get(), bytes, p.out, p.tile);
     p.tables = tables.get();
     p.scales = scales.get();
     p.ordered = ordered.get();
@@ -185,8 +193,8 @@ void RunSparse(const char* name, const NmKernel* kernel) {
     }
     Exact<uint8_t> scratch(Arrange(&p.x));
     Place(&p.x, scratch.get());
-    p.codes = effjax::RowsOf(codes.get(), p.x.in / 4, p.out, false);
-    p.indices = effjax::RowsOf(indices.get(), p.x.in / 8, p.out, false);
+    p.codes = effjax::RowsOf(codes.get(), p.x.in / 4, p.out, 0);
+    p.indices = effjax::RowsOf(indices.get(), p.x.in / 8, p.out, 0);
     p.scales = scales.get();
     p.y = y.get();
     for (int64_t m = 0; m < p.x.rows; ++m) kernel->digits(p.x, x.get(), m);
