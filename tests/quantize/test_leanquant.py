@@ -36,34 +36,68 @@ def test_importance():
     np.testing.assert_array_equal(importance(huge, 4.0), [1, 0, 0])  # 1e48 apart: no overflow
 
 
-@given(st.sampled_from([(24, 5, None), (24, 3, 8), (33, 2, 11)]), st.sampled_from([1, 2, 3, 5]), st.integers(0, 5))
-@settings(max_examples=6)
-def test_non_uniform_oracle(shape, bits, seed):
+def is_table_of_lloyd(tables, points, weights_):
+    """Tables `[out, entries]` as good as those of a plain Lloyd for `points [n, out]`."""
+    for o in range(points.shape[1]):
+        wanted = cost(points[:, o], weights_[:, o], lloyd(points[:, o], weights_[:, o], tables.shape[1]))
+        assert cost(points[:, o], weights_[:, o], tables[o]) <= 1.05 * wanted + 1e-5 * np.ptp(points[:, o]) ** 2
+
+
+@given(st.sampled_from([(24, 5), (33, 2)]), st.sampled_from([1, 2, 3, 5]), st.integers(0, 5))
+@settings(max_examples=4)
+def test_columns_oracle(shape, bits, seed):
     """Tables as good as those of a plain Lloyd, then the sweep rounds to the nearest entry of the stored table."""
-    n, out, group_size = shape
-    size = n if group_size is None else group_size
+    n, out = shape
     w, x = weights(n, out, seed), inputs(n, seed=seed)
-    q = compress(LeanQuant(bits=bits, group_size=group_size, start="even"), w, statistics(x))
-    assert isinstance(q, Codebook) and q.shape == (n, out) and q.tables.shape == (1, out, 2**bits)
-    s = shares(moment(x), 2.0, 0.1)
-    scales = np.ones((n, out))
-    if group_size is not None:  # one table for weights over the largest of their group
-        stored = np.abs(w.reshape(-1, size, out)).max(1).astype(np.float16).astype(np.float32)
-        np.testing.assert_array_equal(q.scales, stored)
-        scales = np.repeat(stored, size, axis=0)
+    q = compress(LeanQuant(bits=bits, start="even"), w, statistics(x))
+    assert isinstance(q, Codebook) and q.shape == (n, out) and q.tables.shape == (1, out, 2**bits) and q.scales is None
     tables = np.asarray(q.tables, np.float64)[0]
-    for o in range(out):
-        points, weights_ = w[:, o] / scales[:, o], s * scales[:, o] ** 2
-        wanted = cost(points, weights_, lloyd(points, weights_, 2**bits))
-        assert cost(points, weights_, tables[o]) <= 1.05 * wanted + 1e-5 * np.ptp(points) ** 2
+    is_table_of_lloyd(tables, w, np.repeat(shares(moment(x), 2.0, 0.1)[:, None], out, 1))
 
     def quantize(j, row, _):
-        nearest = np.abs((row / scales[j])[:, None] - tables).argmin(1)
-        return scales[j] * tables[np.arange(out), nearest]
+        return tables[np.arange(out), np.abs(row[:, None] - tables).argmin(1)]
 
     h = moment(x)
     best = layer_error(w, obq(w, h, 0.1, quantize)[0], h)
     assert layer_error(w, dense(q), h) == pytest.approx(best, rel=0.05, abs=1e-6 * np.trace(w.T @ h @ w))
+
+
+@given(st.integers(0, 20), st.booleans())
+@settings(max_examples=6)
+def test_groups_oracle(seed, act_order):
+    """A table of weights over the largest of their group; scales by exhaustive search; then least squares for all."""
+    n, out, size, bits = 48, 4, 16, 2
+    w, x = weights(n, out, seed), inputs(n, seed=seed)
+    q = compress(LeanQuant(bits=bits, group_size=size, start="even", act_order=act_order), w, statistics(x))
+    assert isinstance(q, Codebook) and q.tables.shape == (1, out, 2**bits) and q.scales.shape == (n // size, out)
+    h = moment(x)
+    order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(n)
+    groups = w.reshape(-1, size, out)
+    peaks = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], axis=1)
+    peaks = np.repeat(peaks.astype(np.float16).astype(np.float64), size, axis=1).reshape(n, out)
+    s = np.empty(n)
+    s[order] = shares(h[np.ix_(order, order)], 2.0, 0.1)
+    tables = np.asarray(q.tables, np.float64)[0]
+    is_table_of_lloyd(tables, w / peaks, s[:, None] * peaks**2)
+    fractions = np.concatenate([np.linspace(-1.5, -0.2, 300), np.linspace(0.2, 1.5, 300)])
+    scales, entries = {}, np.empty((n, out))
+
+    def quantize(j, row, current):
+        g = j // size
+        if g not in scales:
+            rows = (w if act_order else current)[g * size : (g + 1) * size]
+            tried = fractions[:, None] * np.abs(rows).max(0)
+            errors = np.square(rows[None, :, :, None] - tried[:, None, :, None] * tables).min(-1).sum(1)
+            scales[g] = tried[errors.argmin(0), np.arange(out)]
+        entries[j] = tables[np.arange(out), np.abs(row[:, None] - scales[g][:, None] * tables).argmin(1)]
+        return scales[g] * entries[j]
+
+    obq(w, h, 0.1, quantize, order)
+    best = np.empty((n, out))
+    for o in range(out):
+        spread = np.where(np.arange(n)[:, None] // size == np.arange(n // size), entries[:, o : o + 1], 0)
+        best[:, o] = spread @ np.linalg.solve(spread.T @ damped(h, 0.1) @ spread, spread.T @ damped(h, 0.1) @ w[:, o])
+    assert layer_error(w, dense(q), h) <= 1.2 * layer_error(w, best, h)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
