@@ -120,12 +120,12 @@ def test_weights_matter():
     assert errors[1] < errors[0]
 
 
-@given(st.integers(1, 4), st.integers(0, 20), st.sampled_from([16, 40]))
-@settings(max_examples=6)
-def test_coarse_search_ends_near_the_exhaustive_one(bits, seed, size):
-    rng = np.random.default_rng(seed)
-    groups = rng.standard_t(4, (2, size, 3)).astype(np.float32)
-    weights_ = np.exp(rng.standard_normal((2, size))).astype(np.float32)
+@pytest.mark.parametrize("bits, percent", [(1, 3), (2, 1.5), (4, 0.5)])
+def test_coarse_search_ends_near_the_exhaustive_one(bits, percent):
+    """No group is worse than its whole range; a single one may end in another valley, so errors are added up."""
+    rng = np.random.default_rng(bits)
+    groups = rng.standard_t(4, (2, 40, 48)).astype(np.float32)
+    weights_ = np.exp(rng.standard_normal((2, 40))).astype(np.float32)
     kind = UniformGrid(bits=bits, scale_dtype="float32")
 
     def error(grid):
@@ -136,8 +136,9 @@ def test_coarse_search_ends_near_the_exhaustive_one(bits, seed, size):
     full = error(search_affine(groups, weights_, kind, candidates=64, exhaustive=True))
     plain = error(kind.spanning(groups, groups.min(-2, keepdims=True), groups.max(-2, keepdims=True)))
     assert (full <= found + 1e-4 * plain).all() and (found <= plain * (1 + 1e-5)).all()
+    assert found.sum() <= (1 + percent / 100) * full.sum()
     # Of what the exhaustive search gains over the whole range, the coarse one gets nearly all.
-    assert (plain - found).sum() >= 0.85 * (plain - full).sum()
+    assert (plain - found).sum() >= 0.9 * (plain - full).sum()
 
 
 def test_exhaustive_search_is_the_loop_over_all_pairs():
