@@ -12,6 +12,10 @@ namespace effjax {
 
 inline constexpr int64_t kMaxBlock = 256;
 
+// Bytes from a row to the next: an odd number of cache lines, since rows that lie a power of two apart share a few sets
+// of the cache and drive each other out.
+inline int64_t OddLines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
 struct FixedPoint {
   int64_t rows, in;
   int32_t digits;
@@ -19,7 +23,7 @@ struct FixedPoint {
   int64_t per_byte;        // codes in a byte, which decide the order of a run; 1 keeps the inputs' own
   int64_t group_size;      // inputs that share a scale of the weights
   int64_t block;           // inputs that share a scale of the activations; blocks do not cross groups
-  int64_t blocks, padded;  // blocks of a row; bytes of a digit of a row
+  int64_t blocks, padded;  // blocks of a row; bytes from a digit of a row to the next
   int8_t* digit_rows;      // [rows, digits, padded], digits from the lowest
   float* block_scales;     // [rows, blocks]
   float* block_sums;       // [rows, blocks]: of the activations themselves
@@ -31,13 +35,13 @@ inline int64_t Arrange(FixedPoint* p) {
   const int64_t groups = p->in / p->group_size, whole = p->group_size / p->block, rest = p->group_size % p->block;
   const int64_t block = (p->block + p->run - 1) / p->run * p->run, last = (rest + p->run - 1) / p->run * p->run;
   p->blocks = groups * (whole + (rest != 0));
-  p->padded = groups * (whole * block + last);
-  return (p->rows * p->digits * p->padded + 3) / 4 * 4 + 8 * p->rows * p->blocks;
+  p->padded = OddLines(groups * (whole * block + last));
+  return p->rows * p->digits * p->padded + 8 * p->rows * p->blocks;
 }
 
 inline void Place(FixedPoint* p, uint8_t* scratch) {
   p->digit_rows = reinterpret_cast<int8_t*>(scratch);
-  p->block_scales = reinterpret_cast<float*>(scratch + (p->rows * p->digits * p->padded + 3) / 4 * 4);
+  p->block_scales = reinterpret_cast<float*>(scratch + p->rows * p->digits * p->padded);
   p->block_sums = p->block_scales + p->rows * p->blocks;
 }
 

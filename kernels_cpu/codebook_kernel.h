@@ -15,7 +15,9 @@ struct Lookup {
   using F = typename S::F;
   static constexpr int kBytes = S::kBytes;   // columns that are turned together
   static constexpr int kLanes = kBytes / 4;  // inputs of a vector of weights
-  static constexpr int64_t kRowsAtOnce = 64;
+  // With many rows, the weights of some columns and inputs are looked up for some rows at a time, so that activations,
+  // weights and sums stay in the second-level cache.
+  static constexpr int64_t kColumnsAtOnce = 8, kMostRows = 256, kMost = 32768;  // the last: weights, in floats
   static constexpr int kTileColumns = S::kTileColumns, kTileRows = S::kTileRows;
 
   // ---- activations: [chunks][fields][lanes] ----------------------------------------------------------------------
@@ -23,7 +25,7 @@ struct Lookup {
   static void Order(const CodebookProblem& p, const float* x, int64_t row) {
     const int64_t fields = FieldsOf(p.bits);
     const float* from = x + row * p.in;
-    float* to = p.ordered + row * p.chunks * fields * kLanes;
+    float* to = p.ordered + row * p.stride;
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
       for (int64_t k = 0; k < fields; ++k) {
         for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -187,39 +189,26 @@ struct Lookup {
   template <int kBits>
   static void ManyRows(const CodebookProblem& p, int64_t begin, int64_t end) {
     constexpr int64_t kFields = FieldsOf(kBits), kWeights = kFields * kLanes;  // inputs of a chunk
-    constexpr int64_t kSpan = kWeights >= 512 ? 1 : 512 / kWeights;  // chunks between two visits of the sums
-    // Of 16 columns: their weights and a row of sums each stay in the first-level cache.
-    constexpr int64_t kColumns = 16;
-    alignas(64) uint8_t words[kSpan][kBytes * kBytes];
-    alignas(64) static thread_local float scales[kSpan][kBytes * kLanes];
-    alignas(64) static thread_local float weights[kColumns * kSpan * kWeights];
-    alignas(64) static thread_local float sums[kRowsAtOnce * kBytes * kLanes];  // a vector each
-    const int64_t stride = p.chunks * kWeights;
-    for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
-      const int64_t rows = Min(kRowsAtOnce, p.rows - row);
-      for (int64_t column = begin; column < end; column += kBytes) {
-        const int64_t columns = Min(kBytes, end - column);
-        std::memset(sums, 0, static_cast<size_t>(rows * kBytes * kLanes) * 4);
-        for (int64_t chunk = 0; chunk < p.chunks; chunk += kSpan) {
-          const int64_t span = Min(kSpan, p.chunks - chunk);
+    alignas(64) static thread_local float weights[kMost];
+    alignas(64) static thread_local float sums[kMostRows * kColumnsAtOnce * kLanes];  // a vector each
+    // Codes by rows of bytes are turned for more columns together; then fewer inputs and rows keep both as small.
+    const int64_t step = p.tile == 1 ? kColumnsAtOnce : kBytes, most_rows = kMostRows * kColumnsAtOnce / step;
+    const int64_t most_span = kMost / step / kWeights;  // chunks between two visits of the sums
+    for (int64_t row = 0; row < p.rows; row += most_rows) {
+      const int64_t rows = Min(most_rows, p.rows - row);
+      for (int64_t column = begin; column < end; column += step) {
+        const int64_t columns = Min(step, end - column), whole = RoundUp(columns, kTileColumns);
+        std::memset(sums, 0, static_cast<size_t>(rows * whole * kLanes) * 4);
+        for (int64_t chunk = 0; chunk < p.chunks; chunk += most_span) {
+          const int64_t span = Min(most_span, p.chunks - chunk), steps = span * kFields;
           for (int64_t i = 0; i < span; ++i) {
-            if (p.tile == 1) {
-              Copy(p, chunk + i, column, columns, words[i]);
-            } else {
-              Turn<kBits>(p, chunk + i, column, columns, kWeights * kBits / 8 * p.codes.row, words[i]);
-            }
-            if (p.scales != nullptr) Scales(p, (chunk + i) * kWeights, kFields, column, columns, scales[i]);
+            Decode<kBits>(p, chunk + i, column, columns, weights + i * kWeights, span * kWeights);
           }
-          const float* x = p.ordered + row * stride + chunk * kWeights;
-          for (int64_t c = 0; c < columns; c += kColumns) {
-            const int64_t some = Min(kColumns, columns - c), whole = RoundUp(some, kTileColumns);
-            std::memset(weights + some * span * kWeights, 0, static_cast<size_t>((whole - some) * span * kWeights) * 4);
-            for (int64_t i = 0; i < span; ++i) {
-              Decode<kBits>(p, (chunk + i) * kWeights, column + c, some, words[i] + c * kBytes,
-                            p.scales == nullptr ? nullptr : scales[i] + c * kLanes, weights + i * kWeights,
-                            span * kWeights);
-            }
-            Tiles(weights, whole, span * kFields, x, stride, rows, sums + c * rows * kLanes);
+          std::memset(weights + columns * span * kWeights, 0, static_cast<size_t>((whole - columns) * span * kWeights) * 4);
+          const float* x = p.ordered + row * p.stride + chunk * kWeights;
+          for (int64_t c = 0; c < whole; c += kColumnsAtOnce) {
+            Tiles(weights + c * steps * kLanes, Min(kColumnsAtOnce, whole - c), steps, x, p.stride, rows,
+                  sums + c * rows * kLanes);
           }
         }
         for (int64_t c = 0; c < columns; ++c) {
@@ -233,15 +222,25 @@ struct Lookup {
 
   // Weights of a chunk, `stride` apart from column to column.
   template <int kBits>
-  static void Decode(const CodebookProblem& p, int64_t first, int64_t column, int64_t columns, const uint8_t* words,
-                     const float* scales, float* weights, int64_t stride) {
+  static void Decode(const CodebookProblem& p, int64_t chunk, int64_t column, int64_t columns, float* weights,
+                     int64_t stride) {
+    constexpr int64_t kFields = FieldsOf(kBits);
+    const int64_t first = chunk * kFields * kLanes;
+    alignas(64) uint8_t words[kBytes * kBytes];
+    alignas(64) float scales[kBytes * kLanes];
+    if (p.tile == 1) {
+      Copy(p, chunk, column, columns, words);
+    } else {
+      Turn<kBits>(p, chunk, column, columns, kLanes * kFields * kBits / 8 * p.codes.row, words);
+    }
+    if (p.scales != nullptr) Scales(p, first, kFields, column, columns, scales);
     for (int64_t c = 0; c < columns; ++c) {
       const typename S::template Table<kBits> table(TableOf(p, first, column + c), p.entries);
       const I codes = S::Load(words + c * kBytes);
 #pragma GCC unroll 32
-      for (int k = 0; k < FieldsOf(kBits); ++k) {
+      for (int k = 0; k < static_cast<int>(kFields); ++k) {
         F value = table.At(codes, k);
-        if (scales != nullptr) value = S::Mul(value, S::LoadF(scales + c * kLanes));
+        if (p.scales != nullptr) value = S::Mul(value, S::LoadF(scales + c * kLanes));
         S::StoreF(weights + c * stride + k * kLanes, value);
       }
     }
@@ -250,17 +249,20 @@ struct Lookup {
   // sums[c][m] += sum_k weights[c][k] * x[m][k] over `steps` vectors, a vector of partial sums each.
   static void Tiles(const float* weights, int64_t columns, int64_t steps, const float* x, int64_t stride, int64_t rows,
                     float* sums) {
+    int64_t m = 0;
+    for (; m + kTileRows <= rows; m += kTileRows) TileRow<kTileRows>(weights, columns, steps, x, stride, rows, m, sums);
+    if constexpr (kTileRows > 4) {
+      for (; m + 4 <= rows; m += 4) TileRow<4>(weights, columns, steps, x, stride, rows, m, sums);
+    }
+    for (; m < rows; ++m) TileRow<1>(weights, columns, steps, x, stride, rows, m, sums);
+  }
+
+  // The activations of a few rows meet all columns while they are in the first-level cache.
+  template <int kRows>
+  static void TileRow(const float* weights, int64_t columns, int64_t steps, const float* x, int64_t stride, int64_t rows,
+                      int64_t m, float* sums) {
     for (int64_t c = 0; c < columns; c += kTileColumns) {
-      const float* w = weights + c * steps * kLanes;
-      float* to = sums + c * rows * kLanes;
-      int64_t m = 0;
-      for (; m + kTileRows <= rows; m += kTileRows) {
-        Tile<kTileRows>(w, steps, x + m * stride, stride, rows, to + m * kLanes);
-      }
-      if constexpr (kTileRows > 4) {
-        for (; m + 4 <= rows; m += 4) Tile<4>(w, steps, x + m * stride, stride, rows, to + m * kLanes);
-      }
-      for (; m < rows; ++m) Tile<1>(w, steps, x + m * stride, stride, rows, to + m * kLanes);
+      Tile<kRows>(weights + c * steps * kLanes, steps, x + m * stride, stride, rows, sums + (c * rows + m) * kLanes);
     }
   }
 
@@ -271,7 +273,10 @@ struct Lookup {
 #pragma GCC unroll 8
     for (int c = 0; c < kTileColumns; ++c) {
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) total[c][m] = S::LoadF(sums + (c * rows + m) * kLanes);
+      for (int m = 0; m < kRows; ++m) {
+        total[c][m] = S::Set(0.0f);
+        __builtin_prefetch(sums + (c * rows + m) * kLanes);
+      }
     }
     for (int64_t k = 0; k < steps; ++k) {
       F weights[kTileColumns];
@@ -287,7 +292,10 @@ struct Lookup {
 #pragma GCC unroll 8
     for (int c = 0; c < kTileColumns; ++c) {
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) S::StoreF(sums + (c * rows + m) * kLanes, total[c][m]);
+      for (int m = 0; m < kRows; ++m) {
+        float* to = sums + (c * rows + m) * kLanes;
+        S::StoreF(to, S::Add(total[c][m], S::LoadF(to)));
+      }
     }
   }
 

@@ -81,7 +81,8 @@ ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
   p.tables = tables.typed_data();
   p.y = y->typed_data();
   p.chunks = (p.in + chunk - 1) / chunk;
-  if (static_cast<int64_t>(scratch->element_count()) < p.rows * p.chunks * chunk) {
+  p.stride = OddLines(p.chunks * chunk * 4) / 4;
+  if (static_cast<int64_t>(scratch->element_count()) < p.rows * p.stride) {
     return Bad("the scratch buffer is too small");
   }
   p.ordered = scratch->typed_data();

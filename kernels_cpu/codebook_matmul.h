@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activations.h"
 #include "unpack.h"
 
 namespace effjax {
@@ -26,7 +27,8 @@ struct CodebookProblem {
   const float* tables;                 // [in / table_inputs, out_groups, entries]
   const float* scales;                 // [in / group_size, out], or null
   int64_t chunks;                      // of a column: kLanes fields of 32 bits
-  float* ordered;                      // [rows, chunks, fields, lanes]: the activations as the kernel meets the codes
+  float* ordered;                      // [rows][chunks, fields, lanes]: the activations as the kernel meets the codes
+  int64_t stride;                      // floats from a row of `ordered` to the next
   float* y;                            // [rows, out]
 };
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from kernels_cpu import variants
 from kernels_cpu._native import NATIVE
+from kernels_cpu.quant_matmul import odd_lines
 
 if TYPE_CHECKING:
     from effjax.arrays.codebook import Codebook
@@ -66,7 +67,7 @@ def codebook_matmul(
     chunk = MOST_LANES * fields_of(w.bits)
     results = (
         jax.ShapeDtypeStruct((m, out), jnp.float32),
-        jax.ShapeDtypeStruct((m * -(-n // chunk) * chunk,), jnp.float32),
+        jax.ShapeDtypeStruct((m * odd_lines(-(-n // chunk) * chunk * 4) // 4,), jnp.float32),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxCodebookMatmul"), results, vmap_method="sequential")
     y, _ = call(

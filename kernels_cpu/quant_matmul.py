@@ -101,7 +101,12 @@ def scratch_bytes(rows: int, n: int, group_size: int, run: int, digits: int) -> 
     whole, rest = divmod(group_size, block)
     padded = n // group_size * (whole * -(-block // run) * run + -(-rest // run) * run)
     blocks = n // group_size * (whole + (rest > 0))
-    return -(-rows * digits * padded // 4) * 4 + 8 * rows * blocks
+    return rows * digits * odd_lines(padded) + 8 * rows * blocks
+
+
+def odd_lines(nbytes: int) -> int:
+    """Bytes rounded up to an odd number of cache lines (`OddLines`)."""
+    return (-(-nbytes // 64) | 1) * 64
 
 
 def run_of(bits: int) -> int:

@@ -143,7 +143,8 @@ void RunCodebook(const char* name, const CodebookKernel* kernel) {
       }
     }
     p.chunks = (p.in + chunk - 1) / chunk;
-    Exact<float> ordered(p.rows * p.chunks * chunk);
+    p.stride = effjax::OddLines(p.chunks * chunk * 4) / 4;
+    Exact<float> ordered(p.rows * p.stride);
     p.codes = effjax::RowsOf(codes.get(), bytes, p.out, p.tile);
     p.tables = tables.get();
     p.scales = scales.get();
