@@ -1,4 +1,4 @@
-"""What every test runs under: eight host devices for the sharding tests, and hypothesis without a clock."""
+"""What every test runs under: eight host devices for the sharding tests, programs that compile fast, no clock."""
 
 import os
 from pathlib import Path
@@ -15,6 +15,9 @@ def pytest_configure(config):
     """Set before the first test module is imported, since the number of devices is fixed when a backend starts."""
     del config
     jax.config.update("jax_num_cpu_devices", HOST_DEVICES)
+    # Most of the time goes into compiling small programs, which takes half as long so. Also for the processes of tests.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
     # No deadline: the first example of a jitted function pays for its compilation.
     hypothesis.settings.register_profile("local", deadline=None)
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
