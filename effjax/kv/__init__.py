@@ -1,7 +1,43 @@
 """The key-value cache and the methods that evict from it."""
 
 from effjax.kv.cache import KVCache, init_cache, resize
-from effjax.kv.evict import EvictionMethod, kv_evict
+from effjax.kv.coding import Coded, Coder
+from effjax.kv.cq import CQ
+from effjax.kv.evict import kv_evict
+from effjax.kv.h2o import H2O
+from effjax.kv.importance import Importance
+from effjax.kv.integer import IntKV
+from effjax.kv.kivi import KIVI
+from effjax.kv.kvquant import KVQuant
+from effjax.kv.method import EvictionMethod
+from effjax.kv.persistence import layer_budgets, persistence
+from effjax.kv.scissorhands import Scissorhands
 from effjax.kv.sink_window import SinkWindow
+from effjax.kv.snapkv import PyramidKV, SnapKV
+from effjax.kv.tova import TOVA
 
-__all__ = ["EvictionMethod", "KVCache", "SinkWindow", "init_cache", "kv_evict", "resize"]
+StreamingLLM = SinkWindow
+
+__all__ = [
+    "CQ",
+    "H2O",
+    "KIVI",
+    "TOVA",
+    "Coded",
+    "Coder",
+    "EvictionMethod",
+    "Importance",
+    "IntKV",
+    "KVCache",
+    "KVQuant",
+    "PyramidKV",
+    "Scissorhands",
+    "SinkWindow",
+    "SnapKV",
+    "StreamingLLM",
+    "init_cache",
+    "kv_evict",
+    "layer_budgets",
+    "persistence",
+    "resize",
+]

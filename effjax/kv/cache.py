@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
+from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +21,8 @@ class KVCache:
 
     A scan over layers takes keys and values as one array of all layers. A decoder whose layers are written out may hold
     them apart instead, as tuples of one array a layer (`split_layers`): matrix products then read each where it lies,
-    where a slice of the whole would be copied for them at every step. All else is as before.
+    where a slice of the whole would be copied for them at every step. All else is as before; only where layers have
+    different numbers of slots, `positions` and `scores` are tuples too.
 
     Slots are filled from 0 in the order of their tokens. `length` and `offset` are apart because eviction empties slots
     but does not change where the text is. A write beyond the last slot is dropped and `length` stays at `slots`, since
@@ -31,10 +33,11 @@ class KVCache:
             the first axis.
         v: values, like `k`.
         positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
-        scores: float32, like `positions`: the attention that each token has received so far, summed over queries and
-            the query heads of its group.
+        scores: float32, like `positions`: what each token has received so far, summed over queries and the query heads
+            of its group, as `importance` says.
         length: int32 `[layers, batch, kv_heads]`, filled slots.
         offset: int32 `[batch]`, the true position of the next token.
+        importance: what `scores` mean; by default the attention received. Static: part of the tree's structure.
     """
 
     k: Any
@@ -43,14 +46,28 @@ class KVCache:
     scores: Any
     length: Any
     offset: Any
+    importance: Importance = dataclasses.field(default=ATTENTION_RECEIVED, metadata={"static": True})
 
     @property
     def slots(self) -> int:
-        return self.positions.shape[-1]
+        """Of every row and head; where layers differ, of the layer that has least."""
+        return min(self.layer_slots)
+
+    @property
+    def layer_slots(self) -> tuple[int, ...]:
+        """Slots of each layer."""
+        if self.is_even:
+            return (self.positions.shape[-1],) * self.layers
+        return tuple(positions.shape[-1] for positions in self.positions)
 
     @property
     def layers(self) -> int:
-        return self.positions.shape[0]
+        return self.length.shape[0]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all layers have the same number of slots."""
+        return not isinstance(self.positions, tuple)
 
     @property
     def is_split(self) -> bool:
@@ -71,10 +88,11 @@ def init_cache(
     layers: int,
     batch: int,
     kv_heads: int,
-    slots: int,
+    slots: int | Sequence[int],
     head_dim: int,
     dtype: Any = jnp.float32,
     split: bool = False,
+    importance: Importance = ATTENTION_RECEIVED,
 ) -> KVCache:
     """An empty cache.
 
@@ -82,43 +100,56 @@ def init_cache(
         layers: decoder blocks.
         batch: rows.
         kv_heads: key heads.
-        slots: tokens that each row and head can hold.
+        slots: tokens that each row and head can hold; or one number a layer, which makes a split cache.
         head_dim: width of a head.
         dtype: of keys and values.
         split: holds keys and values of each layer apart, see `KVCache`.
+        importance: what scores are to mean.
 
     Raises:
-        ConfigError: a size below 1.
+        ConfigError: a size below 1, or not one number of slots a layer.
 
     Example:
         >>> cache = init_cache(layers=2, batch=1, kv_heads=2, slots=16, head_dim=8)
         >>> cache.k.shape, cache.nbytes
         ((2, 1, 2, 16, 8), 4628)
+        >>> init_cache(layers=2, batch=1, kv_heads=2, slots=(16, 4), head_dim=8).layer_slots
+        (16, 4)
     """
+    each = (slots,) * layers if isinstance(slots, int) else tuple(slots)
     sizes = {
         "layers": layers,
         "batch": batch,
         "kv_heads": kv_heads,
-        "slots": slots,
+        "slots": min(each, default=1),
         "head_dim": head_dim,
     }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"init_cache: {name} must be at least 1, found {size}")
+    if len(each) != layers:
+        raise ConfigError(f"init_cache: slots must be one number or one a layer ({layers}), found {len(each)}")
     heads = (layers, batch, kv_heads)
+    even = len(set(each)) == 1
 
     def vectors() -> Any:
-        if split:
-            return tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers))
-        return jnp.zeros((*heads, slots, head_dim), dtype)
+        if split or not even:
+            return tuple(jnp.zeros((batch, kv_heads, count, head_dim), dtype) for count in each)
+        return jnp.zeros((*heads, each[0], head_dim), dtype)
+
+    def rows(empty: float, dtype: Any) -> Any:
+        if even:
+            return jnp.full((*heads, each[0]), empty, dtype)
+        return tuple(jnp.full((batch, kv_heads, count), empty, dtype) for count in each)
 
     return KVCache(
         k=vectors(),
         v=vectors(),
-        positions=jnp.full((*heads, slots), -1, jnp.int32),
-        scores=jnp.zeros((*heads, slots), jnp.float32),
+        positions=rows(-1, jnp.int32),
+        scores=rows(0, jnp.float32),
         length=jnp.zeros(heads, jnp.int32),
         offset=jnp.zeros((batch,), jnp.int32),
+        importance=importance,
     )
 
 
@@ -154,68 +185,14 @@ def write_layer(
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCache:
-    """What one layer of a split cache holds while new tokens pass it.
-
-    Attributes:
-        k, v: `[batch, kv_heads, slots, head_dim]`.
-        positions: int32 `[batch, kv_heads, slots]`, those of the new tokens included.
-        targets: int32 `[batch, kv_heads, length]`, the slot of each new token; `slots` for one that is not kept.
-        received: float32 `[batch, kv_heads, slots]`, the attention that the new tokens gave; None before.
-    """
-
-    k: Any
-    v: Any
-    positions: Any
-    targets: Any
-    received: Any = None
-
-    def write(
-        self, k: Float[Array, "batch kv_heads length head_dim"], v: Float[Array, "batch kv_heads length head_dim"]
-    ) -> "LayerCache":
-        """Keys and values of the new tokens in their slots."""
-        at = (
-            jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 0),
-            jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 1),
-            self.targets,
-        )
-        return dataclasses.replace(
-            self,
-            k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
-        )
-
-
-def open_layers(
-    cache: KVCache, positions: Int[Array, "batch length"], lengths: Int[Array, " batch"]
-) -> tuple[KVCache, list[LayerCache]]:
-    """A split cache that knows of new tokens, and its layers, ready to take their keys and values.
-
-    Row `b` takes its first `lengths[b]` tokens. What does not depend on keys and values, the slots of the tokens and
-    their positions, is written here once for all layers.
-    """
-    shape = (*cache.length.shape, positions.shape[1])
-    step = jax.lax.broadcasted_iota(jnp.int32, shape, 3)
-    targets = jnp.where(step < lengths[None, :, None, None], cache.length[..., None] + step, cache.slots)
-    at = (*(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3)), targets)
-    where = jnp.broadcast_to(positions[None, :, None, :], shape)
-    written = cache.positions.at[at].set(where, mode="drop")
-    layers = [
-        LayerCache(k=k, v=v, positions=written[i], targets=targets[i])
-        for i, (k, v) in enumerate(zip(cache.k, cache.v, strict=True))
-    ]
-    length = jnp.minimum(cache.length + lengths[None, :, None], cache.slots)
-    return cache.replace(positions=written, length=length), layers
-
-
-def close_layers(cache: KVCache, layers: Sequence[LayerCache]) -> KVCache:
-    """The cache that `open_layers` gave, after each of its layers took the new tokens."""
+def add_scores(
+    cache: KVCache, layer: Int[Array, ""], received: Float[Array, "batch kv_heads slots"], lengths: Int[Array, " batch"]
+) -> KVCache:
+    """What the new tokens of `write_layer` gave, in the scores of their layer."""
+    if cache.importance.retained(lengths) is None:
+        return cache.replace(scores=cache.scores.at[layer].add(received))
     return cache.replace(
-        k=tuple(layer.k for layer in layers),
-        v=tuple(layer.v for layer in layers),
-        scores=cache.scores + jnp.stack([layer.received for layer in layers]),
+        scores=cache.scores.at[layer].set(cache.importance.add(cache.scores[layer], received, lengths))
     )
 
 
@@ -235,27 +212,79 @@ def split_layers(cache: KVCache) -> KVCache:
 
 
 def join_layers(cache: KVCache) -> KVCache:
-    """The inverse of `split_layers`, for what takes all layers as one array, as `effjax.kv.evict.kv_evict` does."""
+    """The inverse of `split_layers`.
+
+    Raises:
+        ConfigError: layers have different numbers of slots.
+    """
+    if not cache.is_even:
+        raise ConfigError(
+            f"join_layers: layers have {cache.layer_slots} slots; write resize(cache, {max(cache.layer_slots)}) first"
+        )
     return cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)) if cache.is_split else cache
 
 
-def resize(cache: KVCache, slots: int) -> KVCache:
+def one_layer(cache: KVCache, layer: int) -> KVCache:
+    """A layer as a cache of its own, not split."""
+    return cache.replace(
+        k=cache.k[layer][None],
+        v=cache.v[layer][None],
+        positions=cache.positions[layer][None],
+        scores=cache.scores[layer][None],
+        length=cache.length[layer][None],
+    )
+
+
+def of_layers(layers: Sequence[KVCache]) -> KVCache:
+    """A split cache of caches of one layer each, which may have different numbers of slots."""
+    even = len({layer.slots for layer in layers}) == 1
+
+    def rows(name: str) -> Any:
+        each = [getattr(layer, name) for layer in layers]
+        return jnp.concatenate(each) if even else tuple(x[0] for x in each)
+
+    return layers[0].replace(
+        k=tuple(layer.k[0] for layer in layers),
+        v=tuple(layer.v[0] for layer in layers),
+        positions=rows("positions"),
+        scores=rows("scores"),
+        length=jnp.concatenate([layer.length for layer in layers]),
+    )
+
+
+def resize(cache: KVCache, slots: int | Sequence[int]) -> KVCache:
     """The same tokens in `slots` slots: room to go on writing, or unused slots given back.
 
-    Raises:
-        ConfigError: `slots` is below 1, or filled slots would be dropped. The latter is seen where lengths are known;
-            under `jit`, tokens beyond `slots` are dropped.
-    """
-    if slots < 1:
-        raise ConfigError(f"resize: slots must be at least 1, found {slots}")
-    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
-    if slots < cache.slots and known and (longest := int(jnp.max(cache.length))) > slots:
-        raise ConfigError(
-            f"resize: {longest} slots are filled and {slots} would drop tokens; write slots={longest} or more, or "
-            "choose "
-            "what to drop with effjax.kv.evict.kv_evict"
-        )
+    Args:
+        cache: any cache.
+        slots: of all layers; or one number a layer, for a split cache.
 
+    Raises:
+        ConfigError: `slots` is below 1, or filled slots would be dropped, or a cache that is not split would get layers
+            of different sizes. Dropped slots are seen where lengths are known; under `jit`, tokens beyond `slots` are
+            dropped.
+    """
+    each = (slots,) * cache.layers if isinstance(slots, int) else tuple(slots)
+    if min(each) < 1:
+        raise ConfigError(f"resize: slots must be at least 1, found {min(each)}")
+    if len(each) != cache.layers:
+        raise ConfigError(f"resize: slots must be one number or one a layer ({cache.layers}), found {len(each)}")
+    if isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer):
+        for layer, count in enumerate(each):
+            if count < cache.layer_slots[layer] and (longest := int(jnp.max(cache.length[layer]))) > count:
+                raise ConfigError(
+                    f"resize: {longest} slots are filled and {count} would drop tokens; write slots={longest} or more, "
+                    "or choose what to drop with effjax.kv.evict.kv_evict"
+                )
+    if cache.is_even and len(set(each)) == 1:
+        return _resize_even(cache, each[0])
+    if not cache.is_split:
+        raise ConfigError(f"resize: layers of {each} slots need a split cache; write split_layers(cache) first")
+    resized = of_layers([_resize_even(one_layer(cache, i), count) for i, count in enumerate(each)])
+    return resized.replace(offset=cache.offset)
+
+
+def _resize_even(cache: KVCache, slots: int) -> KVCache:
     def fit(x: Array, axis: int, empty: float) -> Array:
         kept = jax.lax.slice_in_dim(x, 0, min(slots, cache.slots), axis=axis)
         widths = [(0, 0, 0)] * x.ndim

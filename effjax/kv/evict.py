@@ -1,29 +1,18 @@
 """Eviction from a key-value cache: a method says which tokens stay, this moves them together and frees the rest."""
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
-from effjax.kv.cache import KVCache
+from effjax.kv.cache import KVCache, join_layers, of_layers, one_layer
+from effjax.kv.method import EvictionMethod
 
 
-class EvictionMethod(Protocol):
-    """What `kv_evict` needs of a method: a frozen dataclass with hyper-parameters and these two."""
-
-    @property
-    def budget(self) -> int:
-        """The most tokens that a row and head keeps."""
-        ...
-
-    def keep(self, cache: KVCache) -> Bool[Array, "layers batch kv_heads slots"]:
-        """Which filled slots stay, at most `budget` of each row and head."""
-        ...
-
-
-def kv_evict(cache: KVCache, method: EvictionMethod, *, slots: int | None = None) -> KVCache:
+def kv_evict(cache: KVCache, method: EvictionMethod, *, slots: int | Sequence[int] | None = None) -> KVCache:
     """Keeps the tokens that `method` chooses, in a cache of `slots` slots.
 
     Tokens keep their order, their positions (keys stay rotated as they were) and their scores; `offset` does not
@@ -32,15 +21,17 @@ def kv_evict(cache: KVCache, method: EvictionMethod, *, slots: int | None = None
     masked.
 
     Args:
-        cache: any cache; rows and heads may hold different numbers of tokens.
-        method: such as `SinkWindow(sinks=4, window=1020)`.
-        slots: of the result, at least `method.budget`; None means `method.budget`. More leaves room to go on writing.
+        cache: any cache, split or not; rows and heads may hold different numbers of tokens.
+        method: such as `Scissorhands(budget=1024)`, with a budget in whole tokens.
+        slots: of the result, at least the budget; None means the budget. More leaves room to go on writing. One number
+            a layer, or a budget that differs from layer to layer, gives a split cache with that many slots in each.
 
     Returns:
         The smaller cache; where `cache` had fewer slots than `slots`, empty ones are added.
 
     Raises:
-        ConfigError: `slots` is below the budget.
+        ConfigError: `slots` is below the budget, the budget is a share of an unknown length, or the cache's scores do
+            not mean what the method reads in them.
 
     Example:
         >>> from effjax.kv.cache import init_cache
@@ -49,13 +40,80 @@ def kv_evict(cache: KVCache, method: EvictionMethod, *, slots: int | None = None
         >>> kv_evict(cache, SinkWindow(sinks=4, window=12), slots=20).k.shape
         (2, 1, 2, 20, 8)
     """
-    slots = method.budget if slots is None else slots
-    if slots < method.budget:
+    check_importance("kv_evict", cache, method)
+    budgets = method.layer_budgets(cache.layers)
+    each = budgets if slots is None else (slots,) * cache.layers if isinstance(slots, int) else tuple(slots)
+    if len(each) != cache.layers:
+        raise ConfigError(f"kv_evict: slots must be one number or one a layer ({cache.layers}), found {len(each)}")
+    for layer, (budget, count) in enumerate(zip(budgets, each, strict=True)):
+        if count < budget:
+            where = f" of layer {layer}" if len(set(budgets)) + len(set(each)) > 2 else ""
+            raise ConfigError(
+                f"kv_evict: slots={count}{where} cannot hold the budget of {budget} tokens that {method} keeps; write "
+                f"slots={budget} or more, or lower the budget"
+            )
+    return evict_to(cache, method, budgets, each)
+
+
+def evict_to(cache: KVCache, method: EvictionMethod, budgets: Sequence[int], slots: Sequence[int]) -> KVCache:
+    """`kv_evict` with whole budgets of layers given, each at most its slots, and nothing checked."""
+
+    def chosen(view: KVCache, layer: int) -> Array:
+        if budgets[layer] >= view.slots:
+            return view.positions >= 0
+        return method.of_layer(layer, len(budgets)).within(budgets[layer]).keep(view)
+
+    return _compact_by(cache, chosen, budgets, slots)
+
+
+def check_importance(where: str, cache: KVCache, method: EvictionMethod) -> None:
+    """Refuses a cache whose scores are not what `method` ranks by."""
+    if method.importance is not None and method.importance != cache.importance:
         raise ConfigError(
-            f"kv_evict: slots={slots} cannot hold the budget of {method.budget} tokens that {method} keeps; write "
-            f"slots={method.budget} or more, or lower the budget"
+            f"{where}: {type(method).__name__} ranks tokens by {method.importance}, but the scores of this cache are "
+            f"{cache.importance}; make the cache with new_cache(..., importance=method.importance)"
         )
-    return compact(cache, method.keep(cache), slots)
+
+
+def make_room(cache: KVCache, method: EvictionMethod, length: int) -> KVCache:
+    """The same cache with a free slot in every row and head: full ones lose some tokens by `method`, others none.
+
+    Where no row is full, nothing is moved. For a step of decoding with one new token a row; a full row keeps as many
+    tokens as `method.make_room` says, and whether it is full does not depend on other rows.
+
+    Args:
+        cache: of `method`'s importance.
+        method: its budgets need not be the slots of the cache, which count here.
+        length: of the longest text; a layer with so many slots is never full.
+    """
+    sizes = cache.layer_slots
+    if min(sizes) >= length:
+        return cache
+
+    def chosen(view: KVCache, layer: int) -> Array:
+        if sizes[layer] >= length:
+            return view.positions >= 0
+        lighter = method.of_layer(layer, len(sizes)).within(sizes[layer]).make_room(sizes[layer])
+        full = view.length >= view.slots
+        return jnp.where(full[..., None], lighter.keep(view), view.positions >= 0)
+
+    most = sizes[0] if len(set(sizes)) == 1 else jnp.asarray(sizes, jnp.int32)[:, None, None]
+    full = jnp.any(cache.length >= most)
+    return jax.lax.cond(full, lambda cache: _compact_by(cache, chosen, sizes, sizes), lambda cache: cache, cache)
+
+
+def _compact_by(
+    cache: KVCache, chosen: Callable[[KVCache, int], Array], budgets: Sequence[int], slots: Sequence[int]
+) -> KVCache:
+    """Keeps what `chosen(view, layer)` says: of all layers at once where they are alike, else of one after another."""
+    if cache.is_even and len(set(budgets)) == 1 and len(set(slots)) == 1:
+        return compact(cache, chosen(cache, 0), slots[0])
+    layers = []
+    for i, count in enumerate(slots):
+        layer = one_layer(cache, i)
+        layers.append(compact(layer, chosen(layer, i), count))
+    kept = of_layers(layers)
+    return kept if cache.is_split or not kept.is_even else join_layers(kept)
 
 
 def compact(cache: KVCache, keep: Bool[Array, "layers batch kv_heads slots"], slots: int) -> KVCache:
@@ -70,13 +128,18 @@ def compact(cache: KVCache, keep: Bool[Array, "layers batch kv_heads slots"], sl
         taken = jnp.where(filled, jnp.take_along_axis(x, order, axis=-1), jnp.asarray(empty, x.dtype))
         return _pad(taken, -1, extra, empty)
 
-    def vectors(x: Array) -> Array:
+    def vectors(x: Array, order: Array, filled: Array) -> Array:
         taken = jnp.take_along_axis(x, order[..., None], axis=-2)
         return _pad(jnp.where(filled[..., None], taken, jnp.zeros((), x.dtype)), -2, extra, 0)
 
+    def moved(x: Any) -> Any:
+        if cache.is_split:
+            return tuple(vectors(layer, order[i], filled[i]) for i, layer in enumerate(x))
+        return vectors(x, order, filled)
+
     return cache.replace(
-        k=vectors(cache.k),
-        v=vectors(cache.v),
+        k=moved(cache.k),
+        v=moved(cache.v),
         positions=rows(cache.positions, -1),
         scores=rows(cache.scores, 0.0),
         length=jnp.sum(filled, axis=-1, dtype=jnp.int32),

@@ -8,11 +8,12 @@ from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache
+from effjax.kv.method import Budget, EvictionMethod, check_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SinkWindow:
-    """StreamingLLM's selection of tokens, for `kv_evict`.
+class SinkWindow(EvictionMethod):
+    """StreamingLLM's selection of tokens, for `kv_evict` and `generate`; `effjax.kv.StreamingLLM` is this class.
 
     Difference from the paper: there, positions are numbered anew inside the cache (the `i`-th kept token gets position
     `i`), so a text may grow beyond the length that the model was trained on. Here kept tokens keep their true
@@ -21,10 +22,10 @@ class SinkWindow:
 
     Attributes:
         sinks: tokens kept at the beginning of the text.
-        window: most recent tokens kept.
+        window: most recent tokens kept; or a share of a length that is known later, the sinks counted in.
 
     Raises:
-        ConfigError: a negative number of sinks, or a window below 1.
+        ConfigError: a negative number of sinks, or a window below 1 that is not a share.
 
     Example:
         >>> SinkWindow(sinks=4, window=12).budget
@@ -34,20 +35,29 @@ class SinkWindow:
     """
 
     sinks: int = 4
-    window: int = 1020
+    window: int | float = 1020
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("window", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"SinkWindow: {name} must be a whole number of at least {least}, found {value!r}")
+        check_whole("SinkWindow", "sinks", self.sinks, 0)
+        if not (isinstance(self.window, float) and 0 < self.window < 1):
+            check_whole("SinkWindow", "window", self.window, 1)
 
     @property
-    def budget(self) -> int:
-        return self.sinks + self.window
+    def budget(self) -> int | float:
+        return self.window if isinstance(self.window, float) else self.sinks + self.window
+
+    def within(self, budget: Budget) -> "SinkWindow":
+        if not isinstance(budget, tuple):
+            return dataclasses.replace(self, window=budget if isinstance(budget, float) else budget - self.sinks)
+        raise ConfigError(f"SinkWindow: all layers keep the same tokens, so the budget is one number, found {budget}")
+
+    def least_budget(self, budget: int) -> int:
+        del budget
+        return self.sinks + 1
 
     def keep(self, cache: KVCache) -> Bool[Array, "layers batch kv_heads slots"]:
         """The first `sinks` and the last `window` filled slots of each row and head (slots are in order of tokens)."""
+        (budget,) = set(self.layer_budgets(cache.layers))
         rank = jax.lax.broadcasted_iota(jnp.int32, cache.positions.shape, cache.positions.ndim - 1)
         length = cache.length[..., None]
-        return (rank < length) & ((rank < self.sinks) | (rank >= length - self.window))
+        return (rank < length) & ((rank < self.sinks) | (rank >= length - (budget - self.sinks)))

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+
 _RUN_SCORES, _LEAST_RUN = 2**20, 16  # scores of a run: 4 MiB in float32
 
 
@@ -38,20 +40,24 @@ def attend_to_slots(
     seen: Seen,
     positions: Int[Array, "batch length"],
     asked: Float[Array, "batch length"],
+    importance: Importance = ATTENTION_RECEIVED,
 ) -> tuple[Float[Array, "batch length kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
     """Softmax attention to a cache, and what each slot receives of it in float32, queries weighed by `asked`.
+
+    What a slot receives is its weight, or 1 where it is pivotal, as `importance` says (see `Importance`); summed over
+    the query heads of a group.
 
     Long prompts go by runs of queries whose scores stay in the cache of a processor; on one, all scores at once take
     five times as long (512 queries of 32 heads).
     """
     batch, length, kv_heads, group, _ = q.shape
     if length == 1:
-        y, received = _attend_once(q[:, 0], k, v, seen(positions)[:, :, 0], asked[:, 0])
+        y, received = _attend_once(q[:, 0], k, v, seen(positions)[:, :, 0], asked[:, 0], importance)
         return y[:, None], received
     fitting = max(_RUN_SCORES // (batch * kv_heads * group * k.shape[2]), _LEAST_RUN)
     run = 1 << fitting.bit_length() - 1
     if length <= run:
-        return _attend_run(q, k, v, seen(positions), asked)
+        return _attend_run(q, k, v, seen(positions), asked, importance)
 
     def runs(x: Array) -> Array:
         padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, -length % run if a == 1 else 0, 0) for a in range(x.ndim)])
@@ -59,7 +65,7 @@ def attend_to_slots(
 
     def one(received: Array, queries: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q, positions, asked = queries
-        y, more = _attend_run(q, k, v, seen(positions), asked)
+        y, more = _attend_run(q, k, v, seen(positions), asked, importance)
         return received + more, y
 
     none = jnp.zeros(k.shape[:3], jnp.float32)
@@ -73,6 +79,7 @@ def _attend_run(
     v: Float[Array, "batch kv_heads slots head_dim"],
     seen: Bool[Array, "batch kv_heads length slots"],
     asked: Float[Array, "batch length"],
+    importance: Importance,
 ) -> tuple[Float[Array, "batch length kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
     """`attend_to_slots` of some queries; the heads of a group are rows of one product, as they share keys."""
     batch, length, kv_heads, group, head_dim = q.shape
@@ -84,6 +91,10 @@ def _attend_run(
     powers, inverse, share = _softmax(logits)
     y = jnp.einsum("bhrs,bhsd->bhrd", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
     y = (y * inverse[..., None]).astype(q.dtype).reshape(batch, kv_heads, group, length, head_dim)
+    if importance.counts_pivotal:
+        each = (batch, kv_heads, group, length)
+        hits = importance.pivotal(powers.reshape(*each, slots), inverse.reshape(each), seen[:, :, None])
+        return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bt,bhgts->bhs", asked, hits)
     counted = (share.reshape(batch, kv_heads, group, length) * asked[:, None, None, :]).reshape(rows)
     return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bhr,bhrs->bhs", counted, powers)
 
@@ -94,6 +105,7 @@ def _attend_once(
     v: Float[Array, "batch kv_heads slots head_dim"],
     seen: Bool[Array, "batch kv_heads slots"],
     asked: Float[Array, " batch"],
+    importance: Importance,
 ) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
     """`attend_to_slots` of one query a row.
 
@@ -104,7 +116,10 @@ def _attend_once(
     logits = jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min)
     powers, inverse, share = _softmax(logits)
     y = jnp.einsum("bhgs,bhsd->bhgd", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    received = jnp.einsum("bhgs,bhg->bhs", powers, share * asked[:, None, None])
+    if importance.counts_pivotal:
+        received = jnp.einsum("b,bhgs->bhs", asked, importance.pivotal(powers, inverse, seen[:, :, None]))
+    else:
+        received = jnp.einsum("bhgs,bhg->bhs", powers, share * asked[:, None, None])
     return (y * inverse[..., None]).astype(q.dtype), received
 
 

@@ -6,6 +6,7 @@ Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only in what `DecoderConfig` says
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
-from effjax.kv.cache import KVCache, LayerCache, close_layers, init_cache, open_layers, write_layer
+from effjax.kv.cache import KVCache, add_scores, init_cache, write_layer
+from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+from effjax.kv.layer_cache import LayerCache, close_layers, open_layers
 from effjax.models.attention import attend, attend_to_slots
 from effjax.models.config import DecoderConfig
 from effjax.models.rope import rotary_angles, rotate
@@ -110,12 +113,12 @@ class Attention(nn.Module):
         if cache is None:
             y, received = attend(q, k, v, seen(positions)), None
         else:  # what padding attends to does not count
-            asked = (jax.lax.broadcasted_iota(jnp.int32, (batch, length), 1) < lengths[:, None]).astype(jnp.float32)
-            y, received = attend_to_slots(q, k, v, seen, positions, asked)
+            asked = cache.importance.query_weights(lengths, length)
+            y, received = attend_to_slots(q, k, v, seen, positions, asked, cache.importance)
         if isinstance(cache, LayerCache):
             cache = dataclasses.replace(cache, received=received)
-        elif cache is not None:
-            cache = cache.replace(scores=cache.scores.at[layer].add(received))
+        elif cache is not None and received is not None:
+            cache = add_scores(cache, layer, received, lengths)
         y = y.reshape(batch, length, c.num_attention_heads * c.head_dim)
         return Linear(c.hidden_size, c.o_bias, c.param_dtype, name="o_proj")(y), cache
 
@@ -274,7 +277,7 @@ class Decoder(nn.Module):
             for i in range(c.num_hidden_layers):
                 carry, _ = block(c, name=f"layers_{i}")((x, layers[i]), jnp.int32(i), positions, counts, angles)
                 x, layers[i] = carry
-            carry = x, close_layers(cache, layers)
+            carry = x, close_layers(cache, layers, counts)
         else:
             for i in range(c.num_hidden_layers):
                 carry, _ = block(c, name=f"layers_{i}")(carry, jnp.int32(i), positions, counts, angles)
@@ -357,10 +360,19 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     return Stage(name="embed", apply=EmbedApply(config)), *layers
 
 
-def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = None, split: bool = False) -> KVCache:
+def new_cache(
+    config: DecoderConfig,
+    *,
+    batch: int,
+    slots: int | Sequence[int],
+    dtype: Any = None,
+    split: bool = False,
+    importance: Importance = ATTENTION_RECEIVED,
+) -> KVCache:
     """An empty cache that fits `config`; `dtype` defaults to the one computed in.
 
-    `split` holds the layers apart (see `KVCache`), which decodes fastest; it needs `config.scan_layers` False.
+    `split` holds the layers apart (see `KVCache`), which decodes fastest; it needs `config.scan_layers` False, as do
+    `slots` that differ from layer to layer. `importance` says what its scores are to mean.
     """
     return init_cache(
         layers=config.num_hidden_layers,
@@ -370,6 +382,7 @@ def new_cache(config: DecoderConfig, *, batch: int, slots: int, dtype: Any = Non
         head_dim=config.head_dim,
         dtype=dtype or config.dtype or config.param_dtype,
         split=split,
+        importance=importance,
     )
 
 
@@ -423,6 +436,8 @@ def _check_shapes(config: DecoderConfig, tokens: Any, cache: Any, lengths: Any) 
                 "effjax.kv.cache.join_layers(cache)"
             )
         found = (len(cache.k), *cache.k[0].shape) if cache.is_split else cache.k.shape
+        if not cache.is_even:
+            found = (*found[:3], cache.slots, *found[4:])
         if found != wanted:
             raise ConfigError(
                 f"the cache's keys are {list(found)} but this model and batch need {list(wanted)} "

@@ -4,9 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.kv.cache import KVCache
+from effjax.kv.importance import ATTENTION_RECEIVED
 
 
-def filled(lengths, *, slots: int, layers: int = 2, head_dim: int = 3, offsets=None, seed: int = 0) -> KVCache:
+def filled(
+    lengths, *, slots: int, layers: int = 2, head_dim: int = 3, offsets=None, seed: int = 0, importance=None
+) -> KVCache:
     """A cache whose row `b`, head `h` holds `lengths[b][h]` tokens at increasing positions below the row's offset."""
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths, np.int32)
@@ -25,4 +28,5 @@ def filled(lengths, *, slots: int, layers: int = 2, head_dim: int = 3, offsets=N
         scores=jnp.asarray(np.where(live, rng.random(shape), 0), jnp.float32),
         length=jnp.broadcast_to(jnp.asarray(lengths), shape[:3]),
         offset=jnp.asarray(offsets, jnp.int32),
+        importance=importance or ATTENTION_RECEIVED,
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from effjax.errors import ConfigError
 from effjax.kv.cache import init_cache, resize
 from effjax.kv.evict import kv_evict
+from effjax.kv.method import EvictionMethod
 from effjax.kv.sink_window import SinkWindow
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, DecoderApply, new_cache
@@ -20,7 +21,7 @@ from tests.kv.caches import filled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeaviestPerHead:
+class HeaviestPerHead(EvictionMethod):
     """A method that keeps scattered tokens, different ones in each head: the highest scores."""
 
     budget: int

@@ -1,0 +1,105 @@
+"""What one layer of a split cache holds while new tokens pass it, and the cache before and after them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.kv.cache import KVCache
+from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """What one layer of a split cache holds while new tokens pass it.
+
+    Attributes:
+        k, v: `[batch, kv_heads, slots, head_dim]`.
+        positions: int32 `[batch, kv_heads, slots]`, those of the new tokens included.
+        targets: int32 `[batch, kv_heads, length]`, the slot of each new token; `slots` for one that is not kept.
+        received: float32 `[batch, kv_heads, slots]`, what the new tokens gave; None before.
+        importance: as of the whole cache.
+    """
+
+    k: Any
+    v: Any
+    positions: Any
+    targets: Any
+    received: Any = None
+    importance: Importance = dataclasses.field(default=ATTENTION_RECEIVED, metadata={"static": True})
+
+    def write(
+        self, k: Float[Array, "batch kv_heads length head_dim"], v: Float[Array, "batch kv_heads length head_dim"]
+    ) -> "LayerCache":
+        """Keys and values of the new tokens in their slots."""
+        at = (
+            jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 0),
+            jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 1),
+            self.targets,
+        )
+        return dataclasses.replace(
+            self,
+            k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
+            v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
+        )
+
+
+def open_layers(
+    cache: KVCache, positions: Int[Array, "batch length"], lengths: Int[Array, " batch"]
+) -> tuple[KVCache, list[LayerCache]]:
+    """A split cache that knows of new tokens, and its layers, ready to take their keys and values.
+
+    Row `b` takes its first `lengths[b]` tokens. What does not depend on keys and values, the slots of the tokens and
+    their positions, is written here once for all layers.
+    """
+    if not cache.is_even:
+        return _open_uneven(cache, positions, lengths)
+    shape = (*cache.length.shape, positions.shape[1])
+    step = jax.lax.broadcasted_iota(jnp.int32, shape, 3)
+    targets = jnp.where(step < lengths[None, :, None, None], cache.length[..., None] + step, cache.slots)
+    at = (*(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3)), targets)
+    where = jnp.broadcast_to(positions[None, :, None, :], shape)
+    written = cache.positions.at[at].set(where, mode="drop")
+    layers = [
+        LayerCache(k=k, v=v, positions=written[i], targets=targets[i], importance=cache.importance)
+        for i, (k, v) in enumerate(zip(cache.k, cache.v, strict=True))
+    ]
+    length = jnp.minimum(cache.length + lengths[None, :, None], cache.slots)
+    return cache.replace(positions=written, length=length), layers
+
+
+def _open_uneven(
+    cache: KVCache,
+    positions: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+) -> tuple[KVCache, list[LayerCache]]:
+    """`open_layers` where each layer has its own number of slots."""
+    shape = (*cache.length.shape[1:], positions.shape[1])
+    step = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    where = jnp.broadcast_to(positions[:, None, :], shape)
+    layers = []
+    for i, slots in enumerate(cache.layer_slots):
+        targets = jnp.where(step < lengths[:, None, None], cache.length[i][..., None] + step, slots)
+        at = (*(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2)), targets)
+        written = cache.positions[i].at[at].set(where, mode="drop")
+        layers.append(
+            LayerCache(k=cache.k[i], v=cache.v[i], positions=written, targets=targets, importance=cache.importance)
+        )
+    most = jnp.asarray(cache.layer_slots, jnp.int32)[:, None, None]
+    length = jnp.minimum(cache.length + lengths[None, :, None], most)
+    return cache.replace(positions=tuple(layer.positions for layer in layers), length=length), layers
+
+
+def close_layers(cache: KVCache, layers: Sequence[LayerCache], lengths: Int[Array, " batch"]) -> KVCache:
+    """The cache that `open_layers` gave, after each of its layers took the new tokens."""
+    if cache.is_even:
+        scores = cache.importance.add(cache.scores, jnp.stack([layer.received for layer in layers]), lengths)
+    else:
+        scores = tuple(
+            cache.importance.add(old, layer.received, lengths) for old, layer in zip(cache.scores, layers, strict=True)
+        )
+    return cache.replace(k=tuple(layer.k for layer in layers), v=tuple(layer.v for layer in layers), scores=scores)
