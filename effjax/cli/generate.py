@@ -1,13 +1,14 @@
 """`effjax generate`: continue a text, and say what it took."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from effjax.cli.console import say
 from effjax.cli.inputs import ModelName, open_model
 from effjax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from effjax.kv.method import EvictionMethod
     from effjax.models.compiled_generate import GenerationStats
 
 
@@ -32,8 +33,15 @@ class Generate:
     packed: bool = False
     """Runs compressed weights packed however small the model is. Without it those of a model whose float32 weights fit
     in 128 MiB are unpacked first."""
+    kv: Literal["scissorhands", "h2o", "snapkv", "pyramidkv", "tova", "streamingllm"] | None = None
+    """Evicts from the key-value cache by this method."""
+    kv_budget: float = 0.2
+    """Tokens that a head of the cache keeps: a share (below 1) of prompt and new tokens, or a whole number."""
+    prefill_chunk: int | None = None
+    """Prompt tokens that run at once, with --kv, which evicts behind each chunk. Without it the prompt is one chunk."""
     stats: bool = False
-    """Prints tokens a second, the time to the first token and the bytes of weights and cache a token (on stderr)."""
+    """Prints tokens a second, the time to the first token, the bytes of weights and cache a token, and what --kv kept
+    (on stderr)."""
 
     def run(self) -> int:
         import jax
@@ -57,6 +65,8 @@ class Generate:
             "seed": self.seed,
             "apply": apply,
             "params": params,
+            "kv": None if self.kv is None else eviction_method(self.kv, self.kv_budget),
+            "prefill_chunk": self.prefill_chunk,
         }
         model = dataclasses.replace(model, config=apply.decoder.config)
         prompts = [self.prompt] * self.batch
@@ -71,8 +81,35 @@ class Generate:
         return 0
 
 
+def eviction_method(name: str, budget: float) -> "EvictionMethod":
+    """The method of a name, with a share below 1 or a whole number of tokens.
+
+    Raises:
+        ConfigError: a budget that is neither.
+
+    Example:
+        >>> eviction_method("h2o", 0.2).budget, eviction_method("streamingllm", 256).budget
+        (0.2, 256)
+    """
+    from effjax import kv
+
+    if not (0 < budget < 1 or (budget >= 1 and budget == int(budget))):
+        raise ConfigError(f"--kv-budget {budget:g}: a share between 0 and 1, or a whole number of tokens")
+    size = budget if budget < 1 else int(budget)
+    if name == "streamingllm":
+        return kv.SinkWindow(window=0.5).within(size)
+    methods = {
+        "scissorhands": kv.Scissorhands,
+        "h2o": kv.H2O,
+        "snapkv": kv.SnapKV,
+        "pyramidkv": kv.PyramidKV,
+        "tova": kv.TOVA,
+    }
+    return methods[name](budget=size)
+
+
 def describe(stats: "GenerationStats") -> str:
-    """The figures of a run, in three lines or two.
+    """The figures of a run: two to four lines.
 
     Example:
         >>> from effjax.models.compiled_generate import GenerationStats
@@ -97,4 +134,10 @@ def describe(stats: "GenerationStats") -> str:
         f"bytes a token: {stats.bytes_per_token:,.0f} (weights {stats.weight_bytes:,}, cache {stats.cache_bytes:,} "
         f"a step){speed}"
     )
+    if stats.full_cache_bytes is not None:
+        few, most = min(stats.cache_slots), max(stats.cache_slots)
+        lines.append(
+            f"cache: {most if few == most else f'{few} to {most}'} slots a head, {stats.cache_bytes:,} bytes of the "
+            f"{stats.full_cache_bytes:,} of all tokens ({100 * stats.cache_bytes / stats.full_cache_bytes:.1f} %)"
+        )
     return "\n".join(lines)

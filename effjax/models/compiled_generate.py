@@ -11,15 +11,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from effjax.arrays.base import is_compressed
-from effjax.kv.cache import KVCache
+from effjax.kv.cache import KVCache, init_cache
+from effjax.kv.method import EvictionMethod
 from effjax.models.generate import (
     check,
+    cut_to_budget,
     decode_donated,
     decode_texts,
     drawing,
     encode_prompts,
     prefill_donated,
 )
+from effjax.models.generate_evicting import EvictionPlan, plan_eviction
 from effjax.tree import nbytes
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ class GenerationStats:
         weight_bytes: of the weights that a step reads: all but the token table, of which it reads a row for each of
             its rows, unless the table is the head too.
         cache_bytes: of the cache that a step reads: all slots, filled or not.
+        cache_slots: of each layer, in every row and head.
+        full_cache_bytes: of a cache that holds the padded prompts and all new tokens; None where nothing is evicted.
 
     Example:
         >>> stats = GenerationStats(rows=1, prompt_tokens=5, new_tokens=11, steps=10, first_token_s=0.5, decode_s=2.0,
@@ -58,6 +63,8 @@ class GenerationStats:
     decode_s: float
     weight_bytes: int
     cache_bytes: int
+    cache_slots: tuple[int, ...] = ()
+    full_cache_bytes: int | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -88,6 +95,8 @@ class CompiledGenerate:
         prefill, decode: `jax.stages.Compiled`, for `memory_analysis()` and `as_text()`.
         compile_s: seconds that tracing and compiling both took.
         max_new_tokens, stop_tokens: as compiled.
+        plan: what is evicted; None without a method.
+        cut: the program between them that gives back the slots of the prompt's chunks; None without a method.
     """
 
     prefill: Any
@@ -95,6 +104,8 @@ class CompiledGenerate:
     compile_s: float
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
+    plan: EvictionPlan | None = None
+    cut: Any = None
 
     def run(
         self,
@@ -113,15 +124,28 @@ class CompiledGenerate:
             ConfigError: see `generate`.
             TypeError: other shapes than compiled, or drawing where greedy was compiled.
         """
-        check(cache, prompt_tokens, prompt_lengths, self.max_new_tokens, temperature, top_p, key, self.stop_tokens)
+        check(
+            cache,
+            prompt_tokens,
+            prompt_lengths,
+            self.max_new_tokens,
+            temperature,
+            top_p,
+            key,
+            self.stop_tokens,
+            self.plan,
+        )
         draw = drawing(prompt_tokens.shape[0], temperature=temperature, top_p=top_p, key=key)
         arguments = params, cache, jnp.asarray(prompt_tokens, jnp.int32), jnp.asarray(prompt_lengths, jnp.int32), draw
-        weights, held = step_bytes(params, rows=prompt_tokens.shape[0]), cache.nbytes
+        weights = step_bytes(params, rows=prompt_tokens.shape[0])
+        full = None if self.plan is None else whole_cache_bytes(cache, self.plan.length)
         jax.block_until_ready(arguments)
         began = time.perf_counter()
         state = self.prefill(*arguments)
+        state = state if self.cut is None else self.cut(state)
         jax.block_until_ready(state.token)
         first = time.perf_counter()
+        held, slots = state.cache.nbytes, state.cache.layer_slots
         state = self.decode(params, state, draw)
         jax.block_until_ready(state.written)
         ended = time.perf_counter()
@@ -134,6 +158,8 @@ class CompiledGenerate:
             decode_s=ended - first,
             weight_bytes=weights,
             cache_bytes=held,
+            cache_slots=slots,
+            full_cache_bytes=full,
         )
         return state.written, state.counts, stats
 
@@ -150,13 +176,15 @@ def compile_generate(
     top_p: float = 1.0,
     key: Key[Array, "*batch"] | None = None,
     stop_tokens: Sequence[int] = (),
+    kv: EvictionMethod | None = None,
+    prefill_chunk: int | None = None,
 ) -> CompiledGenerate:
     """Compiles what `generate(..., donate_cache=True)` would run with these arguments, and runs nothing.
 
     Args:
         apply, params, cache, prompt_tokens, prompt_lengths: see `generate`; of arrays only shapes and dtypes matter, so
             `jax.ShapeDtypeStruct` will do for parameters and prompts, and `jax.eval_shape` of a cache for it.
-        max_new_tokens, stop_tokens: see `generate`; fixed in the programs.
+        max_new_tokens, stop_tokens, kv, prefill_chunk: see `generate`; fixed in the programs.
         temperature, top_p, key: whether to draw, and whether within a mass; their values are given anew at every run.
 
     Example:
@@ -176,11 +204,12 @@ def compile_generate(
     began = time.perf_counter()
     stops = tuple(int(token) for token in stop_tokens)
     draw = drawing(prompt_tokens.shape[0], temperature=temperature, top_p=top_p, key=key)
+    plan = plan_eviction(kv, prompt_tokens.shape, max_new_tokens, prefill_chunk)
     prompts = [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (prompt_tokens, prompt_lengths)]
-    lowered = prefill_donated.lower(
-        params, cache, *prompts, draw, apply=apply, max_new_tokens=max_new_tokens, stop_tokens=stops
-    )
-    decode = decode_donated.lower(params, lowered.out_info, draw, apply=apply, stop_tokens=stops)
+    fixed = {"apply": apply, "stop_tokens": stops, "plan": plan}
+    lowered = prefill_donated.lower(params, cache, *prompts, draw, max_new_tokens=max_new_tokens, **fixed)
+    cut = None if plan is None else cut_to_budget.lower(lowered.out_info, plan=plan)
+    decode = decode_donated.lower(params, lowered.out_info if cut is None else cut.out_info, draw, **fixed)
     prefill, decode = lowered.compile(), decode.compile()
     return CompiledGenerate(
         prefill=prefill,
@@ -188,7 +217,17 @@ def compile_generate(
         compile_s=time.perf_counter() - began,
         max_new_tokens=max_new_tokens,
         stop_tokens=stops,
+        plan=plan,
+        cut=None if cut is None else cut.compile(),
     )
+
+
+def whole_cache_bytes(cache: KVCache, slots: int) -> int:
+    """Bytes of a cache like this one with `slots` slots in every layer."""
+    batch, kv_heads = cache.length.shape[1:]
+    sizes = {"layers": cache.layers, "batch": batch, "kv_heads": kv_heads, "slots": slots}
+    shapes = jax.eval_shape(lambda: init_cache(**sizes, head_dim=cache.k[0].shape[-1], dtype=cache.k[0].dtype))
+    return shapes.nbytes
 
 
 def step_bytes(params: PyTree, *, rows: int) -> int:
@@ -218,18 +257,21 @@ def generate_text_measured(
     stop_tokens: Sequence[int] | None = None,
     apply: Callable[..., Any] | None = None,
     params: PyTree | None = None,
+    kv: EvictionMethod | None = None,
+    prefill_chunk: int | None = None,
 ) -> tuple[list[str], GenerationStats]:
     """`generate_text`, and what it took without compiling.
 
     Raises:
         ConfigError: see `generate_text`.
     """
-    text = encode_prompts(model, prompts, max_new_tokens)
+    text = encode_prompts(model, prompts, max_new_tokens, kv, prefill_chunk)
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     apply, params = model.apply if apply is None else apply, model.params if params is None else params
     key = jax.random.key(seed)
     arguments = params, text.cache, text.tokens, text.lengths
-    check(text.cache, text.tokens, text.lengths, max_new_tokens, temperature, top_p, key, stops)
+    plan = plan_eviction(kv, text.tokens.shape, max_new_tokens, prefill_chunk)
+    check(text.cache, text.tokens, text.lengths, max_new_tokens, temperature, top_p, key, stops, plan)
     compiled = compile_generate(
         apply,
         *arguments,
@@ -238,6 +280,8 @@ def generate_text_measured(
         top_p=top_p,
         key=key,
         stop_tokens=stops,
+        kv=kv,
+        prefill_chunk=prefill_chunk,
     )
     written, counts, stats = compiled.run(*arguments, temperature=temperature, top_p=top_p, key=key)
     return decode_texts(model, text.ids, written, counts, stops), stats

@@ -11,8 +11,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from effjax.errors import ConfigError
-from effjax.kv.cache import KVCache
+from effjax.kv.cache import KVCache, resize
+from effjax.kv.evict import check_importance, make_room
+from effjax.kv.method import EvictionMethod
 from effjax.models.decoder import new_cache
+from effjax.models.generate_evicting import (
+    EvictionPlan,
+    check_room,
+    new_evicting_cache,
+    plan_eviction,
+    prefill_by_chunks,
+)
 
 if TYPE_CHECKING:
     from effjax.models.hf import LoadedModel
@@ -34,6 +43,8 @@ def generate(
     key: Key[Array, "*batch"] | None = None,
     stop_tokens: Sequence[int] = (),
     donate_cache: bool = False,
+    kv: EvictionMethod | None = None,
+    prefill_chunk: int | None = None,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """Continues every prompt until a stop token or `max_new_tokens`.
 
@@ -57,6 +68,10 @@ def generate(
         key: needed to draw; one key, or `[batch]` keys, one a row. A single key gives row `b` `fold_in(key, b)`.
         stop_tokens: a row ends with the first of these that it writes.
         donate_cache: lets the program reuse the memory of `cache`, which cannot be used afterwards.
+        kv: evicts from the cache: the prompt runs in chunks and the cache is brought down to the budget behind each;
+            behind the prompt it is cut to the budget, and a full row then loses some tokens at a time. Make the cache
+            with `new_evicting_cache`. A share as budget is one of the padded prompts and new tokens together.
+        prefill_chunk: tokens of a chunk, with `kv`; None takes the prompt whole.
 
     Returns:
         New tokens, int32 `[batch, max_new_tokens]`, and how many of them each row wrote, int32 `[batch]`, its stop
@@ -68,13 +83,17 @@ def generate(
 
     Source: top-p is nucleus sampling, Holtzman et al. (2020).
     """
-    check(cache, prompt_tokens, prompt_lengths, max_new_tokens, temperature, top_p, key, stop_tokens)
+    plan = plan_eviction(kv, prompt_tokens.shape, max_new_tokens, prefill_chunk)
+    check(cache, prompt_tokens, prompt_lengths, max_new_tokens, temperature, top_p, key, stop_tokens, plan)
     draw = drawing(prompt_tokens.shape[0], temperature=temperature, top_p=top_p, key=key)
     stops = tuple(int(token) for token in stop_tokens)
     prefill = prefill_donated if donate_cache else _prefill_kept
     prompts = jnp.asarray(prompt_tokens, jnp.int32), jnp.asarray(prompt_lengths, jnp.int32)
-    state = prefill(params, cache, *prompts, draw, apply=apply, max_new_tokens=max_new_tokens, stop_tokens=stops)
-    state = decode_donated(params, state, draw, apply=apply, stop_tokens=stops)
+    fixed = {"apply": apply, "stop_tokens": stops, "plan": plan}
+    state = prefill(params, cache, *prompts, draw, max_new_tokens=max_new_tokens, **fixed)
+    if plan is not None:
+        state = cut_to_budget(state, plan=plan)
+    state = decode_donated(params, state, draw, **fixed)
     return state.written, state.counts
 
 
@@ -150,10 +169,14 @@ def _prefill(
     apply: Callable[..., Any],
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
+    plan: EvictionPlan | None,
 ) -> State:
     """The prompts and the first token of each row."""
     batch = prompt_tokens.shape[0]
-    logits, cache = apply({"params": params}, prompt_tokens, cache=cache, lengths=prompt_lengths, last_only=True)
+    if plan is None:
+        logits, cache = apply({"params": params}, prompt_tokens, cache=cache, lengths=prompt_lengths, last_only=True)
+    else:
+        logits, cache = prefill_by_chunks(apply, params, cache, prompt_tokens, prompt_lengths, plan)
     token = draw.choose(logits[:, 0], jnp.int32(0))
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(token)
     return State(
@@ -167,7 +190,13 @@ def _prefill(
 
 
 def _decode(
-    params: PyTree, state: State, draw: Draw, *, apply: Callable[..., Any], stop_tokens: tuple[int, ...]
+    params: PyTree,
+    state: State,
+    draw: Draw,
+    *,
+    apply: Callable[..., Any],
+    stop_tokens: tuple[int, ...],
+    plan: EvictionPlan | None,
 ) -> State:
     """All further tokens: one loop on the device, whose state stays in place."""
 
@@ -176,7 +205,8 @@ def _decode(
 
     def advance(state: State) -> State:
         going = (~state.done).astype(jnp.int32)
-        logits, cache = apply({"params": params}, state.token[:, None], cache=state.cache, lengths=going)
+        cache = state.cache if plan is None else make_room(state.cache, plan.method, plan.length)
+        logits, cache = apply({"params": params}, state.token[:, None], cache=cache, lengths=going)
         token = draw.choose(logits[:, 0], state.step) * going
         return State(
             step=state.step + 1,
@@ -190,9 +220,20 @@ def _decode(
     return jax.lax.while_loop(proceed, advance, state)
 
 
-_PREFILL_STATIC, _DECODE_STATIC = ("apply", "max_new_tokens", "stop_tokens"), ("apply", "stop_tokens")
+def _cut_to_budget(state: State, *, plan: EvictionPlan) -> State:
+    """Gives back the slots in which chunks of the prompt were.
+
+    A program of its own: as a part of the prompts' one it would keep that from reusing the memory of the given cache,
+    whose arrays are larger than those it would give.
+    """
+    return state._replace(cache=resize(state.cache, plan.decode_slots(state.cache.layers)))
+
+
+_DECODE_STATIC = ("apply", "stop_tokens", "plan")
+_PREFILL_STATIC = (*_DECODE_STATIC, "max_new_tokens")
 _prefill_kept = jax.jit(_prefill, static_argnames=_PREFILL_STATIC)
 prefill_donated = jax.jit(_prefill, static_argnames=_PREFILL_STATIC, donate_argnames="cache")
+cut_to_budget = jax.jit(_cut_to_budget, static_argnames="plan")
 decode_donated = jax.jit(_decode, static_argnames=_DECODE_STATIC, donate_argnames="state")
 
 
@@ -207,6 +248,8 @@ def generate_text(
     stop_tokens: Sequence[int] | None = None,
     apply: Callable[..., Any] | None = None,
     params: PyTree | None = None,
+    kv: EvictionMethod | None = None,
+    prefill_chunk: int | None = None,
 ) -> list[str]:
     """Continues texts.
 
@@ -220,6 +263,8 @@ def generate_text(
         stop_tokens: token ids that end a text; None takes the model's own.
         apply: runs instead of the model's own, as `ej.lift(model.apply)`.
         params: run instead of the model's own, as compressed ones (which need a lifted `apply`).
+        kv: evicts from the cache, see `generate`.
+        prefill_chunk: see `generate`.
 
     Returns:
         The continuations without prompts and without stop tokens.
@@ -227,7 +272,7 @@ def generate_text(
     Raises:
         ConfigError: no tokenizer, no or empty prompts, or an argument out of range.
     """
-    text = encode_prompts(model, prompts, max_new_tokens)
+    text = encode_prompts(model, prompts, max_new_tokens, kv, prefill_chunk)
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     written, counts = generate(
         model.apply if apply is None else apply,
@@ -241,6 +286,8 @@ def generate_text(
         key=jax.random.key(seed),
         stop_tokens=stops,
         donate_cache=True,
+        kv=kv,
+        prefill_chunk=prefill_chunk,
     )
     return decode_texts(model, text.ids, written, counts, stops)
 
@@ -254,7 +301,13 @@ class Prompts(NamedTuple):
     cache: KVCache
 
 
-def encode_prompts(model: "LoadedModel", prompts: Sequence[str], max_new_tokens: int) -> Prompts:
+def encode_prompts(
+    model: "LoadedModel",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    kv: EvictionMethod | None = None,
+    prefill_chunk: int | None = None,
+) -> Prompts:
     """The arguments of `generate` for texts; see `generate_text`."""
     if isinstance(prompts, str) or not prompts:
         raise ConfigError("generate_text: prompts must be a list of at least one text")
@@ -269,13 +322,20 @@ def encode_prompts(model: "LoadedModel", prompts: Sequence[str], max_new_tokens:
     tokens = np.zeros((len(encoded), padded), np.int32)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids
-    cache = new_cache(
-        model.config,
-        batch=len(encoded),
-        slots=padded + max(max_new_tokens, 1),
-        dtype=model.config.dtype or model.params["embed"]["embedding"].dtype,
-        split=not model.config.scan_layers,
-    )
+    dtype = model.config.dtype or model.params["embed"]["embedding"].dtype
+    new = max(max_new_tokens, 1)
+    if kv is None:
+        cache = new_cache(
+            model.config,
+            batch=len(encoded),
+            slots=padded + new,
+            dtype=dtype,
+            split=not model.config.scan_layers,
+        )
+    else:
+        cache = new_evicting_cache(
+            model.config, kv, prompts=tokens.shape, max_new_tokens=new, prefill_chunk=prefill_chunk, dtype=dtype
+        )
     return Prompts(ids=encoded, tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), cache=cache)
 
 
@@ -301,6 +361,7 @@ def check(
     top_p: float,
     key: Any,
     stop_tokens: Sequence[int],
+    plan: EvictionPlan | None = None,
 ) -> None:
     if prompt_tokens.ndim != 2 or 0 in prompt_tokens.shape or prompt_lengths.shape != prompt_tokens.shape[:1]:
         raise ConfigError(
@@ -324,6 +385,8 @@ def check(
         )
     if any(not isinstance(token, int | np.integer) or token < 0 for token in stop_tokens):
         raise ConfigError(f"generate: stop_tokens must be token ids, found {tuple(stop_tokens)!r}")
+    if plan is not None:
+        check_importance("generate", cache, plan.method)
     if any(isinstance(x, Tracer) for x in (prompt_lengths, cache.length)):
         return
     lengths = np.asarray(prompt_lengths)
@@ -331,6 +394,9 @@ def check(
         raise ConfigError(
             f"generate: prompt_lengths must be from 1 to {prompt_tokens.shape[1]} (the padded length), found {lengths}"
         )
+    if plan is not None:
+        check_room(cache, plan)
+        return
     filled = np.asarray(cache.length).max(axis=(0, 2))
     needed = int((filled + lengths).max()) + max_new_tokens - 1
     if needed > cache.slots:

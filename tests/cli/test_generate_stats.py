@@ -42,6 +42,28 @@ def test_packed_stats_count_packed_bytes(effjax: Callable[[str], Ran], small: st
     assert f"cache {heads * (slots * (2 * 4 * CONFIG.head_dim + 8) + 4) + 4:,} a step" in ran.err
 
 
+def test_evicting(effjax: Callable[[str], Ran], work: Path) -> None:
+    """A budget for all changes no token; a small one says what it kept."""
+    drawn = "generate tiny --prompt the --max-new-tokens 24 --temperature 0 --stats"
+    plain, whole = effjax(drawn), effjax(f"{drawn} --kv h2o --kv-budget 100")
+    assert whole.code == 0 and whole.out == plain.out, whole.err
+    heads, each = CONFIG.num_hidden_layers * CONFIG.num_key_value_heads, 2 * 4 * CONFIG.head_dim + 8
+    few = effjax(f"{drawn} --kv scissorhands --kv-budget 0.25 --prefill-chunk 8")
+    assert few.code == 0, few.err
+    kept, full = (heads * (slots * each + 4) + 4 for slots in (14, 32 + 24))
+    share = f"({100 * kept / full:.1f} %)"
+    assert few.err.strip().endswith(f"cache: 14 slots a head, {kept:,} bytes of the {full:,} of all tokens {share}")
+    assert f"cache {kept:,} a step" in few.err
+    assert "cache:" not in plain.err
+    assert (
+        "--kv-budget 1.5: a share between 0 and 1, or a whole number of tokens"
+        in effjax(f"{drawn} --kv h2o --kv-budget 1.5").err
+    )
+    refused = effjax(f"{drawn} --kv snapkv --kv-budget 20").err
+    assert "SnapKV: a budget of 20 tokens leaves nothing besides the newest 64" in refused
+    assert "prefill_chunk needs a method that evicts" in effjax(f"{drawn} --prefill-chunk 8").err
+
+
 def test_batch(effjax: Callable[[str], Ran], work: Path) -> None:
     drawn = "--prompt the --max-new-tokens 6 --temperature 1.2 --seed 4"
     one, three = effjax(f"generate tiny {drawn}"), effjax(f"generate tiny {drawn} --batch 3")
