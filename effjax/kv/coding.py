@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Key, UInt8, UInt16
 
-from effjax.arrays.packing import pack, unpack
+from effjax.arrays.packing import pack, packed_size, unpack
 from effjax.errors import ConfigError
 
 PyTree = Any
@@ -156,12 +156,16 @@ def pack_codes(codes: Integer[Array, "*any n"], bits: int) -> UInt8[Array, "*any
     """
     if bits > 8:
         return codes.astype(jnp.uint16)
+    if not codes.size:  # a cache that still keeps all its tokens as they came
+        return jnp.zeros((*codes.shape[:-1], packed_size(codes.shape[-1], bits)), jnp.uint8)
     return pack(codes[..., None], bits)[..., 0]
 
 
 def unpack_codes(packed: Integer[Array, "*any bytes"], bits: int, n: int) -> Integer[Array, "*any n"]:
     """The first `n` codes: the inverse of `pack_codes`."""
-    return packed if bits > 8 else unpack(packed[..., None], bits, n)[..., 0]
+    if bits > 8:
+        return packed
+    return unpack(packed[..., None], bits, n)[..., 0] if packed.size else jnp.zeros((*packed.shape[:-1], n), jnp.uint8)
 
 
 def check_bits(name: str, bits: int, most: int = 8) -> None:

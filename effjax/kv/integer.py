@@ -91,7 +91,7 @@ class PerToken:
         check_head_dim(self, x.shape, self.head_dim)
         coded = max(x.shape[-2] - self.residual, 0)
         old, recent = x[..., :coded, :], x[..., coded:, :] if self.residual else None
-        groups = old.reshape(*old.shape[:-1], -1, self.group_size or self.head_dim)
+        groups = old.reshape(*old.shape[:-1], *self._cut)
         scales = minmax_scales(groups.astype(jnp.float32), self.bits, -1)
         codes = minmax_codes(groups, scales, self.bits).reshape(old.shape)
         low, step = (scale[..., 0] for scale in scales)
@@ -99,9 +99,15 @@ class PerToken:
 
     def decode(self, coded: Coded, tables: None = None) -> Float[Array, "*L kv_heads slots head_dim"]:
         codes = unpack_codes(coded.tokens["codes"], self.bits, self.head_dim)
-        groups = codes.reshape(*codes.shape[:-1], -1, self.group_size or self.head_dim)
+        groups = codes.reshape(*codes.shape[:-1], *self._cut)
         values = minmax_values(groups, (coded.tokens["low"][..., None], coded.tokens["step"][..., None]))
         return with_recent(values.reshape(codes.shape), coded.recent)
+
+    @property
+    def _cut(self) -> tuple[int, int]:
+        """Groups of a vector, and their size; said in full, as there may be no token to tell it from."""
+        size = self.group_size or self.head_dim
+        return self.head_dim // size, size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

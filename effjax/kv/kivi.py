@@ -54,7 +54,7 @@ class ChannelRuns:
         behind = x.shape[-2] % (self.residual or self.group_size)
         coded = x.shape[-2] - behind
         old, recent = x[..., :coded, :], x[..., coded:, :] if behind else None
-        runs = old.reshape(*old.shape[:-2], -1, self.group_size, self.head_dim)
+        runs = old.reshape(*old.shape[:-2], coded // self.group_size, self.group_size, self.head_dim)
         scales = minmax_scales(runs.astype(jnp.float32), self.bits, -2)
         codes = minmax_codes(runs, scales, self.bits).reshape(old.shape)
         low, step = (scale[..., 0, :] for scale in scales)
@@ -62,7 +62,8 @@ class ChannelRuns:
 
     def decode(self, coded: Coded, tables: None = None) -> Float[Array, "*L kv_heads slots head_dim"]:
         codes = unpack_codes(coded.tokens["codes"], self.bits, self.head_dim)
-        runs = codes.reshape(*codes.shape[:-2], -1, self.group_size, self.head_dim)
+        count = codes.shape[-2] // self.group_size
+        runs = codes.reshape(*codes.shape[:-2], count, self.group_size, self.head_dim)
         scales = coded.blocks["low"][..., None, :], coded.blocks["step"][..., None, :]
         return with_recent(minmax_values(runs, scales).reshape(codes.shape), coded.recent)
 
