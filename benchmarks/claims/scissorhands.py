@@ -245,8 +245,9 @@ def attention(params: Any, tokens: np.ndarray) -> np.ndarray:
 def persistence_figures(weights: np.ndarray, share: float | None) -> tuple[float, float, float, float]:
     """Means over layers, texts and heads: ratio, share before, the ratio of a shuffled null, and the multiple of `1/t`.
 
-    The null has as many earlier pivotal tokens at random places: its expected ratio is their share. With `share`, the threshold is the multiple
-    of `1/t` at which that share of the tokens is pivotal before, so that two models are compared at equal sets.
+    The null has as many earlier pivotal tokens at random places: its expected ratio is their share. With `share`, the
+    threshold is the multiple of `1/t` at which that share of the tokens is pivotal before, so that two models are
+    compared at equal sets.
     """
     split, multiple = READ // 2, 1.0
     if share is not None:
