@@ -94,7 +94,8 @@ def _attend_run(
     if importance.counts_pivotal:
         each = (batch, kv_heads, group, length)
         hits = importance.pivotal(powers.reshape(*each, slots), inverse.reshape(each), seen[:, :, None])
-        return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bt,bhgts->bhs", asked, hits)
+        counted = jnp.broadcast_to(asked[:, None, None, :], each).reshape(rows)
+        return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bhr,bhrs->bhs", counted, hits.reshape(*rows, slots))
     counted = (share.reshape(batch, kv_heads, group, length) * asked[:, None, None, :]).reshape(rows)
     return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bhr,bhrs->bhs", counted, powers)
 
