@@ -1,6 +1,7 @@
 """Captured keys and values against the cache, their gradients against finite differences, and models that run coded."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -33,9 +34,15 @@ CONFIGS = pytest.mark.parametrize("config", [LLAMA, QWEN3, QWEN2], ids=lambda co
 WINDOWS = np.random.Generator(np.random.PCG64(3)).integers(0, 40, (3, 12), np.int32)
 
 
+@functools.cache
 def parameters(config):
     params = jax.jit(Decoder(config).init)(jax.random.key(0), WINDOWS)["params"]
     return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x + 0.1, params)
+
+
+@functools.cache
+def captured_of(config):
+    return capture_kv(config, parameters(config), WINDOWS, batch_size=2)  # the last batch is smaller
 
 
 def by_window(x):
@@ -46,7 +53,7 @@ def by_window(x):
 @CONFIGS
 def test_keys_before_rotation_and_values_are_what_the_cache_holds(config):
     params = parameters(config)
-    captured = capture_kv(config, params, WINDOWS, batch_size=2)
+    captured = captured_of(config)
     _, cache = Decoder(config).apply({"params": params}, WINDOWS, cache=new_cache(config, batch=3, slots=12))
     positions = jnp.broadcast_to(jnp.arange(12), (3, 12))
     cos, sin = rotary_angles(config, positions, jnp.full(3, 12))
@@ -61,7 +68,7 @@ def test_keys_before_rotation_and_values_are_what_the_cache_holds(config):
 def test_gradients_equal_finite_differences(config):
     """One number of one key or value is moved, and the loss of all windows computed in float64 sums."""
     params = parameters(config)
-    captured = capture_kv(config, params, WINDOWS, batch_size=2)
+    captured = captured_of(config)
     rng = np.random.default_rng(0)
     step = 1e-2
 
@@ -96,7 +103,7 @@ def test_gradients_of_a_key_head_gather_its_query_heads():
         for name in ("k_proj", "v_proj"):
             kernel = params[layer]["attention"][name]["kernel"].reshape(32, 2, 1, 8)
             repeated[layer]["attention"][name]["kernel"] = jnp.repeat(kernel, 2, axis=2).reshape(32, 32)
-    narrow, wide = capture_kv(LLAMA, params, WINDOWS), capture_kv(wide, repeated, WINDOWS)
+    narrow, wide = captured_of(LLAMA), capture_kv(wide, repeated, WINDOWS)
     for name in ("key_grads", "value_grads"):
         parts = np.asarray(getattr(wide, name)).reshape(2, 2, 2, -1, 8)
         np.testing.assert_allclose(getattr(narrow, name), parts.sum(2), atol=1e-4)
@@ -118,7 +125,7 @@ def test_passing_all_through_changes_nothing(config):
 
 def test_skipped_tokens_are_left_out():
     params = parameters(LLAMA)
-    whole, rest = capture_kv(LLAMA, params, WINDOWS), capture_kv(LLAMA, params, WINDOWS, skip=2)
+    whole, rest = captured_of(LLAMA), capture_kv(LLAMA, params, WINDOWS, batch_size=2, skip=2)
     for name in ("keys", "values", "key_grads", "value_grads"):
         kept = by_window(getattr(whole, name))[:, :, :, 2:]
         np.testing.assert_array_equal(np.asarray(getattr(rest, name)).reshape(2, 2, 3, 10, 8), kept)
@@ -136,7 +143,7 @@ def decoded_by_hand(config, params, coders, tokens):
 
 def test_coded_model():
     params = parameters(LLAMA)
-    captured = capture_kv(LLAMA, params, WINDOWS)
+    captured = captured_of(LLAMA)
     plain = DecoderApply(LLAMA)({"params": params}, WINDOWS)
     fine = fit_layers(IntKV(bits=8, head_dim=8), captured, key=jax.random.key(0))
     coarse = fit_layers(CQ(channels=8, bits=3), captured, key=jax.random.key(0))
@@ -149,7 +156,7 @@ def test_coded_model():
 
 def test_layers_and_tokens_left_alone():
     params = parameters(LLAMA)
-    captured = capture_kv(LLAMA, params, WINDOWS)
+    captured = captured_of(LLAMA)
     plain = DecoderApply(LLAMA)({"params": params}, WINDOWS)
     method, key = CQ(channels=8, bits=1), jax.random.key(0)
     none = fit_layers(method, captured, key=key, leave=(0, 1))
@@ -166,7 +173,7 @@ def test_rotated_keys_are_coded_as_the_cache_holds_them():
     """KIVI's keys: the decoder with a cache of decoded keys and values gives the same next token."""
     params = parameters(LLAMA)
     method = KIVI(bits=4, head_dim=8, group_size=4, residual=0)
-    coders = fit_layers(method, capture_kv(LLAMA, params, WINDOWS), key=jax.random.key(0))
+    coders = fit_layers(method, captured_of(LLAMA), key=jax.random.key(0))
     seen = {}
 
     def change(layer, part, x):
@@ -197,7 +204,7 @@ def test_refused():
     broken["layers_1"]["attention"]["k_proj"]["kernel"] = jnp.full((32, 16), jnp.nan)
     with pytest.raises(CalibrationError, match="keys of layer 1 are not finite; run `effjax verify`"):
         capture_kv(LLAMA, broken, WINDOWS)
-    coders = fit_layers(CQ(channels=8, bits=1), capture_kv(LLAMA, params, WINDOWS), key=jax.random.key(0))
+    coders = fit_layers(CQ(channels=8, bits=1), captured_of(LLAMA), key=jax.random.key(0))
     longer = dataclasses.replace(LLAMA, num_hidden_layers=3)
     with pytest.raises(ConfigError, match="there are coders for 2 layers, the model has 3; learn them with fit_layers"):
         apply_coded(longer, params, coders, WINDOWS)
