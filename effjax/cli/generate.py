@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from effjax.cli.console import say
-from effjax.cli.inputs import ModelName, open_model
+from effjax.cli.inputs import ModelName, OptionalInt, open_model
 from effjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Generate:
     """Evicts from the key-value cache by this method."""
     kv_budget: float = 0.2
     """Tokens that a head of the cache keeps: a share (below 1) of prompt and new tokens, or a whole number."""
-    prefill_chunk: int | None = None
+    prefill_chunk: OptionalInt = None
     """Prompt tokens that run at once, with --kv, which evicts behind each chunk. Without it the prompt is one chunk."""
     stats: bool = False
     """Prints tokens a second, the time to the first token, the bytes of weights and cache a token, and what --kv kept
