@@ -26,7 +26,7 @@ def pack(codes: Integer[Array, "*L n out"], bits: int) -> UInt8[Array, "*L bytes
     if bits == 8:
         return codes
     whole = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, -n % 8), (0, 0)])
-    octets = whole.reshape(*lead, -1, 8, out)  # eight codes fill exactly `bits` bytes
+    octets = whole.reshape(*lead, whole.shape[-2] // 8, 8, out)  # eight codes fill exactly `bits` bytes
     packed = []
     for byte in range(bits):
         value = jnp.zeros_like(octets[..., 0, :])
@@ -35,7 +35,7 @@ def pack(codes: Integer[Array, "*L n out"], bits: int) -> UInt8[Array, "*L bytes
             code = octets[..., j, :]
             value |= code << shift if shift >= 0 else code >> -shift
         packed.append(value)
-    return jnp.stack(packed, axis=-2).reshape(*lead, -1, out)[..., : packed_size(n, bits), :]
+    return jnp.stack(packed, axis=-2).reshape(*lead, octets.shape[-3] * bits, out)[..., : packed_size(n, bits), :]
 
 
 def unpack(packed: UInt8[Array, "*L bytes out"], bits: int, n: int) -> UInt8[Array, "*L n out"]:
@@ -53,7 +53,7 @@ def unpack(packed: UInt8[Array, "*L bytes out"], bits: int, n: int) -> UInt8[Arr
         codes = lax.bitwise_and(lax.shift_right_logical(spread, shifts), lax.full(shape, mask))
     else:
         octets = lax.pad(packed, jnp.uint8(0), [(0, 0, 0)] * len(lead) + [(0, -size % bits, 0), (0, 0, 0)])
-        octets = octets.reshape(*lead, -1, bits, out)
+        octets = octets.reshape(*lead, octets.shape[-2] // bits, bits, out)
         columns = []
         for j in range(8):
             byte, shift = divmod(j * bits, 8)

@@ -86,3 +86,11 @@ def test_bytes_in_memory_and_on_disk(bits, n, tmp_path):
         ej.io.save_checkpoint(directory, {"w": q}, config={})
         raw = (directory / "model.safetensors").read_bytes()
         assert len(raw) - 8 - int.from_bytes(raw[:8], "little") == expected
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (2, 0, 3)])
+def test_no_codes(bits, shape):
+    packed = pack(jnp.zeros(shape, jnp.uint8), bits)
+    assert packed.shape == (shape[0], packed_size(shape[1], bits), shape[2])
+    assert unpack(packed, bits, shape[1]).shape == shape
