@@ -15,9 +15,9 @@ from effjax.kv.cache import init_cache, resize
 from effjax.kv.evict import kv_evict
 from effjax.kv.method import EvictionMethod
 from effjax.kv.sink_window import SinkWindow
-from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, DecoderApply, new_cache
 from tests.kv.caches import filled
+from tests.models.small import SMALL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,15 +129,7 @@ def test_refused():
             SinkWindow(**kwargs)
 
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    scan_layers=True,
-)
+CONFIG = dataclasses.replace(SMALL, scan_layers=True)
 TOKENS = np.random.Generator(np.random.PCG64(3)).integers(0, 40, (2, 14), np.int32)
 LENGTHS = np.array([12, 7], np.int32)
 step = jax.jit(DecoderApply(CONFIG))

@@ -8,20 +8,12 @@ import numpy as np
 import pytest
 
 from effjax.errors import ConfigError
-from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, DecoderApply, new_cache
 from effjax.models.generate import choose_token, generate, generate_text
 from effjax.models.hf import LoadedModel
+from tests.models.small import SMALL
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    scan_layers=True,
-)
+CONFIG = dataclasses.replace(SMALL, scan_layers=True)
 APPLY = DecoderApply(CONFIG)
 PROMPTS = np.random.Generator(np.random.PCG64(3)).integers(0, 40, (3, 6), np.int32)
 LENGTHS = np.array([6, 2, 4], np.int32)

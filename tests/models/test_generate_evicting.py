@@ -12,19 +12,12 @@ from effjax.errors import ConfigError
 from effjax.kv import H2O, TOVA, PyramidKV, Scissorhands, SinkWindow
 from effjax.kv.importance import ATTENTION_RECEIVED
 from effjax.models.compiled_generate import compile_generate
-from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, DecoderApply, new_cache, stack_layers
 from effjax.models.generate import generate
 from effjax.models.generate_evicting import new_evicting_cache
+from tests.models.small import SMALL
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+CONFIG = SMALL
 APPLY = DecoderApply(CONFIG)
 STEP = jax.jit(APPLY, static_argnames="last_only")
 PROMPTS = np.random.Generator(np.random.PCG64(7)).integers(0, 40, (2, 14), np.int32)
