@@ -46,16 +46,25 @@ def stories(data: Path) -> Task:
 def embedded(judged: int = 64) -> Task:
     """The model in the package: its training documents to calibrate on, its held-out ones to judge on."""
     model = load_default(dtype="float32")
-    config = model.config
-    ends = (*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id]))
-    pool, evaluation = (
-        windows_from_text(
-            model.tokenizer, python_docs.documents(split), length=LENGTH, bos=config.bos_token_id, separator=ends
-        )
-        for split in ("train", "heldout")
-    )
+    pool, evaluation = (documentation(model, split) for split in ("train", "heldout"))
     spread = np.linspace(0, len(evaluation) - 1, min(judged, len(evaluation))).round().astype(int)
     return Task(name="embedded", model=model, pool=pool, evaluation=evaluation[spread])
+
+
+def documentation(
+    model: LoadedModel, split: str, *, length: int = LENGTH, max_windows: int | None = None
+) -> np.ndarray:
+    """The embedded model's documents of a split ("train" or "heldout"), int32 `[windows, length]`."""
+    config = model.config
+    ends = (*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id]))
+    return windows_from_text(
+        model.tokenizer,
+        python_docs.documents(split),
+        length=length,
+        bos=config.bos_token_id,
+        separator=ends,
+        max_windows=max_windows,
+    )
 
 
 def missing(data: Path) -> str | None:

@@ -27,13 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import Bar, conclude
-from benchmarks.language_models import embedded, missing, stories
-from effjax.data import python_docs
-from effjax.evaluate import compare_many, windows_from_text
+from benchmarks.language_models import Task, documentation, embedded, missing, stories
+from effjax.evaluate import compare_many
 from effjax.kv import CQ, KIVI, IntKV, KVQuant
 from effjax.kv.capture import CapturedKV, capture_kv
 from effjax.kv.coded_apply import KVCoders, apply_coded, fit_layers
-from effjax.models.hf import LoadedModel
 
 # The paper learns from 32,768 tokens, 128 a centre of 8c8b. Windows; tokens that are read; rows of the cache.
 CALIBRATION, JUDGED, LENGTH, ROWS = 128, 48, 256, 64
@@ -46,31 +44,20 @@ class Subject:
     """A model with texts.
 
     Attributes:
-        pool: int32 [windows, 256] that calibration sets are drawn from.
+        task: the model, and the windows that calibration sets are drawn from.
         judged: int32 [windows, 257] of other text: 256 tokens are read.
         leave: layers that no arm codes.
     """
 
-    name: str
-    model: LoadedModel
-    pool: np.ndarray
+    task: Task
     judged: np.ndarray
     leave: tuple[int, ...] = ()
 
 
 def embedded_subject() -> Subject:
     task = embedded()
-    config = task.model.config
-    ends = (*config.eos_token_ids[:1], *([] if config.bos_token_id is None else [config.bos_token_id]))
-    judged = windows_from_text(
-        task.model.tokenizer,
-        python_docs.documents("heldout"),
-        length=LENGTH + 1,
-        bos=config.bos_token_id,
-        separator=ends,
-        max_windows=JUDGED,
-    )
-    return Subject(name=task.name, model=task.model, pool=task.pool, judged=judged)
+    judged = documentation(task.model, "heldout", length=LENGTH + 1, max_windows=JUDGED)
+    return Subject(task=task, judged=judged)
 
 
 def stories_subject(data: Path) -> Subject:
@@ -79,7 +66,7 @@ def stories_subject(data: Path) -> Subject:
     rows = np.concatenate([window[1:] for window in task.evaluation])
     rows = rows[: len(rows) // LENGTH * LENGTH].reshape(-1, LENGTH)[:JUDGED]
     judged = np.concatenate([np.full((len(rows), 1), bos, np.int32), rows], axis=1)
-    return Subject(name=task.name, model=task.model, pool=task.pool, judged=judged, leave=(0,))
+    return Subject(task=task, judged=judged, leave=(0,))
 
 
 def coupled(bits: tuple[int, ...], *, fisher: bool) -> dict[str, Any]:
@@ -112,9 +99,8 @@ def baselines(head_dim: int) -> dict[str, Any]:
 
 def excesses(subject: Subject, methods: dict[str, Any], seed: int) -> tuple[dict[str, dict[str, Any]], CapturedKV]:
     """Each method's excess with its interval, perplexity and bits, from one calibration set."""
-    model, config = subject.model, subject.model.config
-    drawn = np.random.default_rng(seed).choice(len(subject.pool), CALIBRATION, replace=False)
-    captured = capture_kv(config, model.params, subject.pool[np.sort(drawn)])
+    model, config = subject.task.model, subject.task.model.config
+    captured = capture_kv(config, model.params, subject.task.calibration(seed, CALIBRATION))
     shape = (ROWS, config.num_key_value_heads, LENGTH, config.head_dim)
     coders: dict[str, KVCoders] = {}
     seconds: dict[str, float] = {}
@@ -123,7 +109,7 @@ def excesses(subject: Subject, methods: dict[str, Any], seed: int) -> tuple[dict
         coders[name] = fit_layers(method, captured, key=jax.random.key(seed), leave=subject.leave)
         jax.block_until_ready(coders[name])
         seconds[name] = time.perf_counter() - began
-        print(f"{subject.name}, seed {seed}: {name} learned in {seconds[name]:.0f} s", file=sys.stderr)
+        print(f"{subject.task.name}, seed {seed}: {name} learned in {seconds[name]:.0f} s", file=sys.stderr)
 
     def apply(variables: Any, tokens: jax.Array) -> jax.Array:
         part = variables["params"]
@@ -151,7 +137,7 @@ def excesses(subject: Subject, methods: dict[str, Any], seed: int) -> tuple[dict
 
 def bytes_missed(subject: Subject) -> int:
     """Bytes of coded arrays that differ from the arithmetic of the paper, over all couplings; 0 where none do."""
-    config = subject.model.config
+    config = subject.task.model.config
     heads, head_dim = config.num_key_value_heads, config.head_dim
     x = jax.random.normal(jax.random.key(0), (heads, 512, head_dim))
     missed = 0
@@ -276,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     judged = coupled((1, 2), fisher=True) | {"CQ-8c8b uniform": CQ(fisher=False, iterations=ITERATIONS)}
     subject = embedded_subject()
-    head_dim = subject.model.config.head_dim
+    head_dim = subject.task.model.config.head_dim
     first = judged | coupled((1,), fisher=False) | between() | baselines(head_dim)
     if not args.skip_four_bits:
         first |= coupled((4,), fisher=True)

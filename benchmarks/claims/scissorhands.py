@@ -23,6 +23,7 @@ from benchmarks.bars import Bar, conclude
 from effjax.kv import H2O, TOVA, EvictionMethod, KVCache, Scissorhands, SinkWindow, init_cache, kv_evict, persistence
 from effjax.kv.importance import ATTENTION_RECEIVED
 from effjax.kv.layer_cache import close_layers, open_layers
+from effjax.kv.method import keep_best
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Block, RMSNorm
 from effjax.models.rope import rotary_angles, rotate
@@ -130,9 +131,7 @@ class Random(EvictionMethod):
     def keep(self, cache: KVCache) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(0), cache.offset[0])
         draws = jax.random.uniform(key, cache.positions.shape)
-        value = jnp.where(cache.positions >= 0, draws, -1) + (cache.positions == cache.offset[:, None, None] - 1)
-        order = jnp.argsort(-value, axis=-1)
-        return (jnp.argsort(order, axis=-1) < self.budget) & (cache.positions >= 0)
+        return keep_best(cache, draws, budget=self.budget, newest=1)
 
 
 def coded(x: jax.Array, axis: int) -> jax.Array:
