@@ -1,7 +1,6 @@
 """The key-value cache: a pytree of fixed shapes whose slots know which token they hold."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from effjax.arrays.base import nbytes
 from effjax.errors import ConfigError
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 
@@ -77,7 +77,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays (works on `ShapeDtypeStruct` too)."""
-        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+        return nbytes(self)
 
     def replace(self, **changes: Any) -> "KVCache":
         return dataclasses.replace(self, **changes)
@@ -116,7 +116,7 @@ def init_cache(
         >>> init_cache(layers=2, batch=1, kv_heads=2, slots=(16, 4), head_dim=8).layer_slots
         (16, 4)
     """
-    each = (slots,) * layers if isinstance(slots, int) else tuple(slots)
+    each = slots_of_layers("init_cache", slots, layers)
     sizes = {
         "layers": layers,
         "batch": batch,
@@ -127,8 +127,6 @@ def init_cache(
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"init_cache: {name} must be at least 1, found {size}")
-    if len(each) != layers:
-        raise ConfigError(f"init_cache: slots must be one number or one a layer ({layers}), found {len(each)}")
     heads = (layers, batch, kv_heads)
     even = len(set(each)) == 1
 
@@ -151,6 +149,19 @@ def init_cache(
         offset=jnp.zeros((batch,), jnp.int32),
         importance=importance,
     )
+
+
+def slots_of_layers(where: str, slots: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    """Slots of each layer, given as one number for all or one a layer.
+
+    Raises:
+        ConfigError: there is not one number a layer.
+    """
+    if isinstance(slots, int):
+        return (slots,) * layers
+    if len(slots) != layers:
+        raise ConfigError(f"{where}: slots must be one number or one a layer ({layers}), found {len(slots)}")
+    return tuple(slots)
 
 
 def write_layer(
@@ -264,11 +275,9 @@ def resize(cache: KVCache, slots: int | Sequence[int]) -> KVCache:
             of different sizes. Dropped slots are seen where lengths are known; under `jit`, tokens beyond `slots` are
             dropped.
     """
-    each = (slots,) * cache.layers if isinstance(slots, int) else tuple(slots)
+    each = slots_of_layers("resize", slots, cache.layers)
     if min(each) < 1:
         raise ConfigError(f"resize: slots must be at least 1, found {min(each)}")
-    if len(each) != cache.layers:
-        raise ConfigError(f"resize: slots must be one number or one a layer ({cache.layers}), found {len(each)}")
     if isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer):
         for layer, count in enumerate(each):
             if count < cache.layer_slots[layer] and (longest := int(jnp.max(cache.length[layer]))) > count:
@@ -280,8 +289,7 @@ def resize(cache: KVCache, slots: int | Sequence[int]) -> KVCache:
         return _resize_even(cache, each[0])
     if not cache.is_split:
         raise ConfigError(f"resize: layers of {each} slots need a split cache; write split_layers(cache) first")
-    resized = of_layers([_resize_even(one_layer(cache, i), count) for i, count in enumerate(each)])
-    return resized.replace(offset=cache.offset)
+    return of_layers([_resize_even(one_layer(cache, i), count) for i, count in enumerate(each)])
 
 
 def _resize_even(cache: KVCache, slots: int) -> KVCache:

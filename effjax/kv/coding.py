@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Key, UInt8, UInt16
 
-from effjax.arrays.packing import pack, packed_size, unpack
+from effjax.arrays.base import nbytes
+from effjax.arrays.packing import pack, unpack
 from effjax.errors import ConfigError
+from effjax.kv.checks import is_whole
 
 PyTree = Any
 Vectors = Float[Array, "*L kv_heads slots head_dim"]
@@ -34,7 +36,7 @@ class Coded:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays (works on `ShapeDtypeStruct` too)."""
-        return tree_bytes(self)
+        return nbytes(self)
 
     def take(self, slots: Int[Array, "*L kv_heads kept"]) -> "Coded":
         """The tokens in these slots, for eviction.
@@ -117,7 +119,7 @@ class Coder:
     @property
     def nbytes(self) -> int:
         """Bytes of the tables, which all tokens share."""
-        return tree_bytes(self.tables)
+        return nbytes(self.tables)
 
     def bits_per_channel(self, shape: tuple[int, ...], *, tables: bool = True, dtype: Any = jnp.float16) -> float:
         """Bits of a coded number, from the bytes of the arrays: codes, scales, exact entries, and tables.
@@ -142,11 +144,6 @@ def fit(
     return Coder(coding=coding, tables=coding.learn(x, grads, key=key))
 
 
-def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
 def pack_codes(codes: Integer[Array, "*any n"], bits: int) -> UInt8[Array, "*any bytes"] | UInt16[Array, "*any n"]:
     """Codes of a token as a stream of bits in bytes; of more than 8 bits as 16-bit numbers.
 
@@ -156,27 +153,23 @@ def pack_codes(codes: Integer[Array, "*any n"], bits: int) -> UInt8[Array, "*any
     """
     if bits > 8:
         return codes.astype(jnp.uint16)
-    if not codes.size:  # a cache that still keeps all its tokens as they came
-        return jnp.zeros((*codes.shape[:-1], packed_size(codes.shape[-1], bits)), jnp.uint8)
     return pack(codes[..., None], bits)[..., 0]
 
 
 def unpack_codes(packed: Integer[Array, "*any bytes"], bits: int, n: int) -> Integer[Array, "*any n"]:
     """The first `n` codes: the inverse of `pack_codes`."""
-    if bits > 8:
-        return packed
-    return unpack(packed[..., None], bits, n)[..., 0] if packed.size else jnp.zeros((*packed.shape[:-1], n), jnp.uint8)
+    return packed if bits > 8 else unpack(packed[..., None], bits, n)[..., 0]
 
 
 def check_bits(name: str, bits: int, most: int = 8) -> None:
     """Raises ValueError for a width that no code has here."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= most:
+    if not is_whole(bits, 1) or bits > most:
         raise ValueError(f"{name}={bits!r}: choose 1 to {most}")
 
 
 def check_whole(name: str, value: int, least: int) -> None:
     """Raises ValueError for what is no whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_whole(value, least):
         raise ValueError(f"{name}={value!r}: choose a whole number of at least {least}")
 
 

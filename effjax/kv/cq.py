@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from effjax.errors import ConfigError
 from effjax.kv.coding import Coded, check_bits, check_calibration, check_whole, pack_codes, unpack_codes
 from effjax.kv.vector_kmeans import vector_kmeans
+from effjax.quantize.checks import check_floating
 
 Codebooks = Float[Array, "kv_heads groups entries channels"]
 
@@ -61,8 +62,7 @@ class CQ:
         check_whole("channels", self.channels, 1)
         check_bits("bits", self.bits, 10)
         check_whole("iterations", self.iterations, 0)
-        if not jnp.issubdtype(jnp.dtype(self.table_dtype), jnp.floating):
-            raise ValueError(f"table_dtype={self.table_dtype!r} is no floating dtype")
+        check_floating(table_dtype=self.table_dtype)
 
     def __str__(self) -> str:
         return f"CQ-{self.channels}c{self.bits}b"

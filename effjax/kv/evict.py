@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
-from effjax.kv.cache import KVCache, join_layers, of_layers, one_layer
+from effjax.kv.cache import KVCache, join_layers, of_layers, one_layer, slots_of_layers
 from effjax.kv.method import EvictionMethod
 
 
@@ -42,9 +42,7 @@ def kv_evict(cache: KVCache, method: EvictionMethod, *, slots: int | Sequence[in
     """
     check_importance("kv_evict", cache, method)
     budgets = method.layer_budgets(cache.layers)
-    each = budgets if slots is None else (slots,) * cache.layers if isinstance(slots, int) else tuple(slots)
-    if len(each) != cache.layers:
-        raise ConfigError(f"kv_evict: slots must be one number or one a layer ({cache.layers}), found {len(each)}")
+    each = slots_of_layers("kv_evict", budgets if slots is None else slots, cache.layers)
     for layer, (budget, count) in enumerate(zip(budgets, each, strict=True)):
         if count < budget:
             where = f" of layer {layer}" if len(set(budgets)) + len(set(each)) > 2 else ""

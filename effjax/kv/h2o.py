@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from effjax.kv.checks import check_whole
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
-from effjax.kv.method import RankedMethod, check_whole
+from effjax.kv.method import RankedMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
+from effjax.kv.checks import check_whole
 
 _BITS_OF_ONE = 0x3F800000  # 1.0 in float32; bit patterns of non-negative floats order as the floats do
 
@@ -50,8 +51,8 @@ class Importance:
             raise ConfigError(f"Importance: multiple must be a positive number, found {self.multiple!r}")
         for name, least in (("history", 2), ("window", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"Importance: {name} must be a whole number of at least {least}, found {value!r}")
+            if value is not None:
+                check_whole("Importance", name, value, least)
         for one, two in (("quantile", "multiple"), ("history", "window")):
             if getattr(self, one) is not None and getattr(self, two) is not None:
                 raise ConfigError(f"Importance: {one} and {two} exclude each other; leave one of them None")

@@ -1,5 +1,6 @@
 """KVQuant: one table of uneven levels a layer, keys normalised by channel and values by token, outliers kept exact."""
 
+import abc
 import dataclasses
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ _MOST = 2**17  # numbers that a table is learned from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Levels:
+class _Levels(abc.ABC):
     """What keys and values have in common: levels in [-1, 1], and the exact entries of a vector.
 
     Attributes:
@@ -43,6 +44,16 @@ class _Levels:
         check_whole("iterations", self.iterations, 0)
         if self.outliers >= self.head_dim:
             raise ValueError(f"outliers={self.outliers}: choose fewer than head_dim={self.head_dim}")
+
+    def learn(self, x: Float[Array, "kv_heads tokens head_dim"], grads: Any = None, *, key: Any = None) -> Any:
+        """`levels` and `values` `[2**bits]`; of keys also `zero` and `half` `[kv_heads, 1, head_dim]`; all float16."""
+        check_calibration(self, x, grads, need_grads=self.fisher)
+        check_head_dim(self, x.shape, self.head_dim)
+        return _learn(self, x, grads if self.fisher else None)
+
+    @abc.abstractmethod
+    def _learned(self, x: Array, grads: Array | None) -> dict[str, Array]:
+        """The tables, from float32 vectors."""
 
     def _levels(self, z: Array, kept: Array, half: Array, grads: Array | None) -> dict[str, Array]:
         """Borders are those of `levels`, decoded numbers those of `values`, both float16 `[2**bits]`."""
@@ -84,10 +95,6 @@ class _Levels:
         places, exact = coded.tokens["places"].astype(jnp.int32), coded.tokens["exact"].astype(jnp.float32)
         return jnp.put_along_axis(x, places, exact, axis=-1, inplace=False)
 
-    def _check(self, x: Any, grads: Any) -> None:
-        check_calibration(self, x, grads, need_grads=self.fisher)
-        check_head_dim(self, x.shape, self.head_dim)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelKeys(_Levels):
@@ -103,10 +110,14 @@ class LevelKeys(_Levels):
         {'codes': (2, 100, 4), 'places': (2, 100, 1), 'exact': (2, 100, 1)}
     """
 
-    def learn(self, x: Float[Array, "kv_heads tokens head_dim"], grads: Any = None, *, key: Any = None) -> Any:
-        """`levels` and `values` `[2**bits]`, `zero` and `half` `[kv_heads, 1, head_dim]`, all float16."""
-        self._check(x, grads)
-        return _learn_keys(self, x, grads if self.fisher else None)
+    def _learned(self, x: Array, grads: Array | None) -> dict[str, Array]:
+        """`levels` and `values`, and `zero` and `half` `[kv_heads, 1, head_dim]`."""
+        share = self.outliers / self.head_dim
+        low, high = jnp.quantile(x, jnp.array([share / 2, 1 - share / 2]), axis=-2, keepdims=True)
+        zero, half = ((low + high) / 2).astype(jnp.float16), ((high - low) / 2).astype(jnp.float16)
+        z = _normalised(x, _wide(zero), _wide(half))
+        kept = (jnp.abs(z) <= 1) if self.outliers else jnp.ones(z.shape, bool)
+        return self._levels(z, kept, _wide(half), grads) | {"zero": zero, "half": half}
 
     def encode(self, x: Float[Array, "*L kv_heads slots head_dim"], tables: Any) -> Coded:
         check_head_dim(self, x.shape, self.head_dim)
@@ -129,10 +140,10 @@ class LevelValues(_Levels):
         {'codes': (2, 100, 4), 'zero': (2, 100, 1), 'half': (2, 100, 1)}
     """
 
-    def learn(self, x: Float[Array, "kv_heads tokens head_dim"], grads: Any = None, *, key: Any = None) -> Any:
-        """`levels` and `values`, float16 `[2**bits]`."""
-        self._check(x, grads)
-        return _learn_values(self, x, grads if self.fisher else None)
+    def _learned(self, x: Array, grads: Array | None) -> dict[str, Array]:
+        """`levels` and `values` alone: scales come with every token."""
+        zero, half, kept, _ = self._scales(x)
+        return self._levels(_normalised(x, _wide(zero), _wide(half)), kept, _wide(half), grads)
 
     def encode(self, x: Float[Array, "*L kv_heads slots head_dim"], tables: Any) -> Coded:
         check_head_dim(self, x.shape, self.head_dim)
@@ -201,21 +212,8 @@ class KVQuant:
 
 
 @partial(jax.jit, static_argnums=0)
-def _learn_keys(coding: LevelKeys, x: Array, grads: Array | None) -> Any:
-    x = x.astype(jnp.float32)
-    share = coding.outliers / coding.head_dim
-    low, high = jnp.quantile(x, jnp.array([share / 2, 1 - share / 2]), axis=-2, keepdims=True)
-    zero, half = ((low + high) / 2).astype(jnp.float16), ((high - low) / 2).astype(jnp.float16)
-    z = _normalised(x, _wide(zero), _wide(half))
-    kept = (jnp.abs(z) <= 1) if coding.outliers else jnp.ones(z.shape, bool)
-    return coding._levels(z, kept, _wide(half), grads) | {"zero": zero, "half": half}
-
-
-@partial(jax.jit, static_argnums=0)
-def _learn_values(coding: LevelValues, x: Array, grads: Array | None) -> Any:
-    x = x.astype(jnp.float32)
-    zero, half, kept, _ = coding._scales(x)
-    return coding._levels(_normalised(x, _wide(zero), _wide(half)), kept, _wide(half), grads)
+def _learn(coding: _Levels, x: Array, grads: Array | None) -> dict[str, Array]:
+    return coding._learned(x.astype(jnp.float32), grads)
 
 
 def _normalised(x: Array, zero: Array, half: Array) -> Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, one_layer
+from effjax.kv.checks import check_whole, is_whole
 from effjax.kv.importance import Importance
 
 Budget = int | float | tuple[int, ...]
@@ -105,7 +106,7 @@ class RankedMethod(EvictionMethod):
         name, budget = type(self).__name__, self.budget
         share = isinstance(budget, float) and 0 < budget < 1
         tokens = budget if isinstance(budget, tuple) else (budget,)
-        if not share and not (tokens and all(_is_whole(count, 1) for count in tokens)):
+        if not share and not (tokens and all(is_whole(count, 1) for count in tokens)):
             raise ConfigError(
                 f"{name}: budget must be a whole number of tokens of at least 1, one a layer, or a share between 0 and "
                 f"1, found {budget!r}"
@@ -120,9 +121,9 @@ class RankedMethod(EvictionMethod):
                     f"always stay; give a budget of at least {least}, or protect fewer"
                 )
 
+    @abc.abstractmethod
     def newest(self, budget: int) -> int:
         """How many of the newest tokens always stay."""
-        raise NotImplementedError
 
     def least_budget(self, budget: int) -> int:
         newest = self.newest(budget)
@@ -170,12 +171,3 @@ def keep_best(
     order = slots - 1 - jnp.argsort(-value[..., ::-1], axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
     return filled & (rank < budget)
-
-
-def check_whole(method: str, name: str, value: Any, least: int) -> None:
-    if not _is_whole(value, least):
-        raise ConfigError(f"{method}: {name} must be a whole number of at least {least}, found {value!r}")
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

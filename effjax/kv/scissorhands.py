@@ -3,8 +3,9 @@
 import dataclasses
 
 from effjax.errors import ConfigError
+from effjax.kv.checks import check_whole
 from effjax.kv.importance import Importance
-from effjax.kv.method import RankedMethod, check_whole
+from effjax.kv.method import RankedMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache
-from effjax.kv.method import Budget, EvictionMethod, check_whole
+from effjax.kv.checks import check_whole
+from effjax.kv.method import Budget, EvictionMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

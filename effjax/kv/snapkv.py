@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache
+from effjax.kv.checks import check_whole
 from effjax.kv.importance import Importance
-from effjax.kv.method import RankedMethod, check_whole
+from effjax.kv.method import RankedMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

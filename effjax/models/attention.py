@@ -91,13 +91,13 @@ def _attend_run(
     powers, inverse, share = _softmax(logits)
     y = jnp.einsum("bhrs,bhsd->bhrd", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
     y = (y * inverse[..., None]).astype(q.dtype).reshape(batch, kv_heads, group, length, head_dim)
+    each = (batch, kv_heads, group, length)
     if importance.counts_pivotal:
-        each = (batch, kv_heads, group, length)
         hits = importance.pivotal(powers.reshape(*each, slots), inverse.reshape(each), seen[:, :, None])
-        counted = jnp.broadcast_to(asked[:, None, None, :], each).reshape(rows)
-        return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bhr,bhrs->bhs", counted, hits.reshape(*rows, slots))
-    counted = (share.reshape(batch, kv_heads, group, length) * asked[:, None, None, :]).reshape(rows)
-    return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bhr,bhrs->bhs", counted, powers)
+        given, weights = hits.reshape(*rows, slots), jnp.broadcast_to(asked[:, None, None, :], each)
+    else:
+        given, weights = powers, share.reshape(each) * asked[:, None, None, :]
+    return y.transpose(0, 3, 1, 2, 4), jnp.einsum("bhr,bhrs->bhs", weights.reshape(rows), given)
 
 
 def _attend_once(

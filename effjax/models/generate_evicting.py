@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache
+from effjax.kv.checks import check_whole
 from effjax.kv.evict import evict_to
 from effjax.kv.importance import ATTENTION_RECEIVED
 from effjax.kv.method import EvictionMethod
@@ -52,8 +53,8 @@ def plan_eviction(
     Raises:
         ConfigError: a chunk below 1, or a chunk without a method.
     """
-    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
-        raise ConfigError(f"generate: prefill_chunk must be a whole number of at least 1, found {prefill_chunk!r}")
+    if prefill_chunk is not None:
+        check_whole("generate", "prefill_chunk", prefill_chunk, 1)
     if kv is None:
         if prefill_chunk is not None:
             raise ConfigError("generate: prefill_chunk needs a method that evicts, as kv=ej.kv.H2O(budget=0.2)")
