@@ -133,7 +133,7 @@ __attribute__((noinline)) void Row(const NmProblem& p, const Panel& panel, const
 
 // ---- one row: codes and positions are used as they are unpacked --------------------------------------------------
 
-// Rows of bytes of 64 columns. `ahead` bytes further is what is read next but one.
+// A row of bytes of 64 columns; what lies `ahead` bytes further is fetched into the cache, which in tiles is a later row.
 inline I Fetch(const Rows& rows, int64_t r, int64_t column, int64_t ahead) {
   const uint8_t* at = rows.At(r, column);
   __builtin_prefetch(at + ahead);
