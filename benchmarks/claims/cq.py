@@ -31,7 +31,8 @@ from benchmarks.language_models import Task, documentation, embedded, missing, s
 from effjax.evaluate import compare_many
 from effjax.kv import CQ, KIVI, IntKV, KVQuant
 from effjax.kv.capture import CapturedKV, capture_kv
-from effjax.kv.coded_apply import KVCoders, apply_coded, fit_layers
+from effjax.kv.coded_apply import apply_coded
+from effjax.kv.coders import KVCoders, fit_layers
 
 # The paper learns from 32,768 tokens, 128 a centre of 8c8b. Windows; tokens that are read; rows of the cache.
 CALIBRATION, JUDGED, LENGTH, ROWS = 128, 48, 256, 64

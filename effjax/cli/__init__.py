@@ -1,4 +1,4 @@
-"""The command line: `effjax plan · compress · convert · verify · eval · generate · report`. It parses and calls."""
+"""The command line: `effjax plan · compress · convert · verify · eval · generate · calibrate-kv · report`."""
 
 import _thread
 import signal
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from effjax.cli.calibrate_kv import CalibrateKV
 from effjax.cli.compress import Compress
 from effjax.cli.console import complain
 from effjax.cli.convert import Convert
@@ -33,6 +34,10 @@ Command = (
         Evaluate, tyro.conf.subcommand("eval", description="Judges a model, a compressed one against its original.")
     ]
     | Annotated[Generate, tyro.conf.subcommand("generate", description="Continues a text.")]
+    | Annotated[
+        CalibrateKV,
+        tyro.conf.subcommand("calibrate-kv", description="Learns how the cache of a model is held as codes."),
+    ]
     | Annotated[Report, tyro.conf.subcommand("report", description="Writes the report for models compressed before.")]
 )
 _DESCRIPTION = """Makes language models smaller, and shows what that cost.

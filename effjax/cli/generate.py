@@ -4,11 +4,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from effjax.cli.console import say
-from effjax.cli.inputs import ModelName, OptionalInt, open_model
+from effjax.cli.inputs import CalibratingKV, ModelName, OptionalInt, OptionalName, open_model
 from effjax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from effjax.kv.method import EvictionMethod
     from effjax.models.compiled_generate import GenerationStats
 
 
@@ -37,15 +36,20 @@ class Generate:
     """Evicts from the key-value cache by this method."""
     kv_budget: float = 0.2
     """Tokens that a head of the cache keeps: a share (below 1) of prompt and new tokens, or a whole number."""
+    kv_code: OptionalName = None
+    """Holds the cache as codes: cq1, cq2, cq4 (coupled channels, so many bits each), cq-8c8b and the like, kvquant1 to
+    kvquant8, int1 to int8, learned from the calibration text; or a file that `effjax calibrate-kv` wrote."""
     prefill_chunk: OptionalInt = None
     """Prompt tokens that run at once, with --kv, which evicts behind each chunk. Without it the prompt is one chunk."""
     stats: bool = False
-    """Prints tokens a second, the time to the first token, the bytes of weights and cache a token, and what --kv kept
-    (on stderr)."""
+    """Prints tokens a second, the time to the first token, the bytes of weights and cache a token, and what --kv and
+    --kv-code left of the cache (on stderr)."""
+    calibrating: CalibratingKV = dataclasses.field(default_factory=CalibratingKV)
 
     def run(self) -> int:
         import jax
 
+        from effjax.cli.kv import coders, eviction_method
         from effjax.compress import float32_apply, runnable_params
         from effjax.models.compiled_generate import generate_text_measured
         from effjax.models.generate import generate_text
@@ -54,6 +58,7 @@ class Generate:
         if self.batch < 1:
             raise ConfigError(f"--batch {self.batch}: at least one continuation")
         model = open_model(self.model).model
+        learned = None if self.kv_code is None else coders(self.kv_code, model, self.calibrating)
         apply = float32_apply(model)
         params = model.params if self.packed else runnable_params(model.params)
         if jax.default_backend() == "cpu" and can_prepare(params):
@@ -67,6 +72,7 @@ class Generate:
             "params": params,
             "kv": None if self.kv is None else eviction_method(self.kv, self.kv_budget),
             "prefill_chunk": self.prefill_chunk,
+            "coders": learned,
         }
         model = dataclasses.replace(model, config=apply.decoder.config)
         prompts = [self.prompt] * self.batch
@@ -79,33 +85,6 @@ class Generate:
         if stats is not None:
             say(describe(stats))
         return 0
-
-
-def eviction_method(name: str, budget: float) -> "EvictionMethod":
-    """The method of a name, with a share below 1 or a whole number of tokens.
-
-    Raises:
-        ConfigError: a budget that is neither.
-
-    Example:
-        >>> eviction_method("h2o", 0.2).budget, eviction_method("streamingllm", 256).budget
-        (0.2, 256)
-    """
-    from effjax import kv
-
-    if not (0 < budget < 1 or (budget >= 1 and budget == int(budget))):
-        raise ConfigError(f"--kv-budget {budget:g}: a share between 0 and 1, or a whole number of tokens")
-    size = budget if budget < 1 else int(budget)
-    if name == "streamingllm":
-        return kv.SinkWindow(window=0.5).within(size)
-    methods = {
-        "scissorhands": kv.Scissorhands,
-        "h2o": kv.H2O,
-        "snapkv": kv.SnapKV,
-        "pyramidkv": kv.PyramidKV,
-        "tova": kv.TOVA,
-    }
-    return methods[name](budget=size)
 
 
 def describe(stats: "GenerationStats") -> str:

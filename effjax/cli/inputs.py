@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import tyro
@@ -134,10 +134,12 @@ class Calibrating:
     calibration_seed: int = 0
     """Of the choice of windows."""
 
+    longest: ClassVar[int] = 2048
+
     def length(self, model: Any) -> int:
         """Tokens in a window for `model`."""
         positions = model.config.max_position_embeddings
-        length = min(2048, positions) if self.calibration_length is None else self.calibration_length
+        length = min(self.longest, positions) if self.calibration_length is None else self.calibration_length
         if not 2 <= length <= positions:
             raise ConfigError(
                 f"--calibration-length {length}: {model.source} has {positions} positions, choose from 2 to {positions}"
@@ -181,6 +183,18 @@ class Calibrating:
             if len(found) == self.calibration_windows or count >= len(documents):
                 return found
             letters *= 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibratingKV(Calibrating):
+    """Texts that the codes of a cache are learned from; keys, values and their gradients are all held at once."""
+
+    calibration_windows: int = 64
+    """How many windows to take from the text, at random."""
+    calibration_length: OptionalInt = None
+    """Tokens in a window; 256 by default, or as many as the model was made for."""
+
+    longest: ClassVar[int] = 256
 
 
 def _text_options(model: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from effjax.errors import CheckpointError
 
@@ -45,6 +46,36 @@ def renamed_when_whole(target: Path, *, overwrite: bool = False) -> Iterator[Pat
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_renamed_when_whole(target: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A temporary file beside `target` that takes its name at the end, or disappears on any error.
+
+    Raises:
+        CheckpointError: as `renamed_when_whole`.
+    """
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target.name} exists already; choose another name, or overwrite it explicitly")
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target.name} cannot be made: its parent directory does not exist; make that first")
+    temporary: Path | None = None
+    try:
+        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
+        temporary = Path(name)
+        with os.fdopen(number, "wb") as stream:
+            yield stream
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{target.name} cannot be written ({error.strerror}); nothing was left behind, free some space or "
+                "choose another disk"
+            ) from error
+        raise
 
 
 def _umask() -> int:

@@ -1,6 +1,8 @@
-"""The key-value cache and the methods that evict from it."""
+"""The key-value cache, the methods that evict from it, and the codings that it can hold keys and values by."""
 
 from effjax.kv.cache import KVCache, init_cache, resize
+from effjax.kv.coders import KVCoders, fit_layers
+from effjax.kv.coders_file import load_coders, save_coders
 from effjax.kv.coding import Coded, Coder
 from effjax.kv.cq import CQ
 from effjax.kv.evict import kv_evict
@@ -29,15 +31,19 @@ __all__ = [
     "Importance",
     "IntKV",
     "KVCache",
+    "KVCoders",
     "KVQuant",
     "PyramidKV",
     "Scissorhands",
     "SinkWindow",
     "SnapKV",
     "StreamingLLM",
+    "fit_layers",
     "init_cache",
     "kv_evict",
     "layer_budgets",
+    "load_coders",
     "persistence",
     "resize",
+    "save_coders",
 ]

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from effjax.arrays.base import nbytes
 from effjax.errors import ConfigError
+from effjax.kv.coded_slots import CodedSlots, change_slots, empty_slots
+from effjax.kv.coders import KVCoders, check_layers
+from effjax.kv.coding import Coder
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 
 
@@ -30,7 +33,7 @@ class KVCache:
 
     Attributes:
         k: keys, already rotated, `[layers, batch, kv_heads, slots, head_dim]`, or a tuple of `layers` arrays without
-            the first axis.
+            the first axis, or of `effjax.kv.coded_slots.CodedSlots` where they are held as codes.
         v: values, like `k`.
         positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
         scores: float32, like `positions`: what each token has received so far, summed over queries and the query heads
@@ -75,8 +78,13 @@ class KVCache:
         return isinstance(self.k, tuple)
 
     @property
+    def is_coded(self) -> bool:
+        """Whether keys or values of a layer are held as codes."""
+        return self.is_split and any(isinstance(held, CodedSlots) for held in (*self.k, *self.v))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all arrays (works on `ShapeDtypeStruct` too)."""
+        """Bytes of all arrays, tables of codes included (works on `ShapeDtypeStruct` too)."""
         return nbytes(self)
 
     def replace(self, **changes: Any) -> "KVCache":
@@ -93,6 +101,8 @@ def init_cache(
     dtype: Any = jnp.float32,
     split: bool = False,
     importance: Importance = ATTENTION_RECEIVED,
+    coders: KVCoders | None = None,
+    frequencies: Any = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -105,9 +115,12 @@ def init_cache(
         dtype: of keys and values.
         split: holds keys and values of each layer apart, see `KVCache`.
         importance: what scores are to mean.
+        coders: of a split cache that holds codes; the layers that they leave are held as they are.
+        frequencies: of the rotation, float32 `[head_dim / 2]`, for coders of keys that are not rotated.
 
     Raises:
-        ConfigError: a size below 1, or not one number of slots a layer.
+        ConfigError: a size below 1, not one number of slots a layer; or coders of other layers, without frequencies,
+            with exact first tokens, or of a coding that cannot be held (`effjax.kv.coded_slots.empty_slots`).
 
     Example:
         >>> cache = init_cache(layers=2, batch=1, kv_heads=2, slots=16, head_dim=8)
@@ -129,11 +142,19 @@ def init_cache(
             raise ConfigError(f"init_cache: {name} must be at least 1, found {size}")
     heads = (layers, batch, kv_heads)
     even = len(set(each)) == 1
+    if coders is not None:
+        _check_coders(coders, layers, frequencies)
 
-    def vectors() -> Any:
+    def vectors(coded: Sequence[Coder | None] | None, turns: Any = None) -> Any:
+        shapes = [(batch, kv_heads, count, head_dim) for count in each]
+        if coded is not None:
+            return tuple(
+                jnp.zeros(shape, dtype) if coder is None else empty_slots(coder, shape, dtype, turns)
+                for coder, shape in zip(coded, shapes, strict=True)
+            )
         if split or not even:
-            return tuple(jnp.zeros((batch, kv_heads, count, head_dim), dtype) for count in each)
-        return jnp.zeros((*heads, each[0], head_dim), dtype)
+            return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        return jnp.zeros((layers, *shapes[0]), dtype)
 
     def rows(empty: float, dtype: Any) -> Any:
         if even:
@@ -141,14 +162,28 @@ def init_cache(
         return tuple(jnp.full((batch, kv_heads, count), empty, dtype) for count in each)
 
     return KVCache(
-        k=vectors(),
-        v=vectors(),
+        k=vectors(coders and coders.keys, None if coders is None or coders.rotated else frequencies),
+        v=vectors(coders and coders.values),
         positions=rows(-1, jnp.int32),
         scores=rows(0, jnp.float32),
         length=jnp.zeros(heads, jnp.int32),
         offset=jnp.zeros((batch,), jnp.int32),
         importance=importance,
     )
+
+
+def _check_coders(coders: KVCoders, layers: int, frequencies: Any) -> None:
+    check_layers(coders, layers)
+    if coders.exact:
+        raise ConfigError(
+            f"init_cache: the coders leave the first {coders.exact} tokens uncoded, which a cache cannot; learn them "
+            "with exact=0"
+        )
+    if frequencies is None and not coders.rotated:
+        raise ConfigError(
+            "init_cache: these coders take keys before their rotation; give its frequencies, or make the cache with "
+            "effjax.models.decoder.new_cache(config, ..., coders=coders)"
+        )
 
 
 def slots_of_layers(where: str, slots: int | Sequence[int], layers: int) -> tuple[int, ...]:
@@ -226,8 +261,10 @@ def join_layers(cache: KVCache) -> KVCache:
     """The inverse of `split_layers`.
 
     Raises:
-        ConfigError: layers have different numbers of slots.
+        ConfigError: layers have different numbers of slots, or hold codes.
     """
+    if cache.is_coded:
+        raise ConfigError("join_layers: codes have tables of their own in each layer; the cache stays split")
     if not cache.is_even:
         raise ConfigError(
             f"join_layers: layers have {cache.layer_slots} slots; write resize(cache, {max(cache.layer_slots)}) first"
@@ -236,10 +273,10 @@ def join_layers(cache: KVCache) -> KVCache:
 
 
 def one_layer(cache: KVCache, layer: int) -> KVCache:
-    """A layer as a cache of its own, not split."""
+    """A layer as a split cache of its own."""
     return cache.replace(
-        k=cache.k[layer][None],
-        v=cache.v[layer][None],
+        k=(cache.k[layer],),
+        v=(cache.v[layer],),
         positions=cache.positions[layer][None],
         scores=cache.scores[layer][None],
         length=cache.length[layer][None],
@@ -299,9 +336,14 @@ def _resize_even(cache: KVCache, slots: int) -> KVCache:
         widths[axis] = (0, max(slots - cache.slots, 0), 0)
         return jax.lax.pad(kept, jnp.asarray(empty, x.dtype), widths)
 
+    def vectors(held: Any) -> Any:
+        if isinstance(held, tuple):
+            return tuple(change_slots(layer, lambda x: fit(x, -2, 0)) for layer in held)
+        return fit(held, -2, 0)
+
     return cache.replace(
-        k=jax.tree.map(lambda x: fit(x, -2, 0), cache.k),
-        v=jax.tree.map(lambda x: fit(x, -2, 0), cache.v),
+        k=vectors(cache.k),
+        v=vectors(cache.v),
         positions=fit(cache.positions, -1, -1),
         scores=fit(cache.scores, -1, 0),
         length=jnp.minimum(cache.length, slots),

@@ -1,6 +1,7 @@
 """Eviction from a key-value cache: a method says which tokens stay, this moves them together and frees the rest."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, join_layers, of_layers, one_layer, slots_of_layers
+from effjax.kv.coded_slots import change_slots
 from effjax.kv.method import EvictionMethod
 
 
@@ -126,14 +128,16 @@ def compact(cache: KVCache, keep: Bool[Array, "layers batch kv_heads slots"], sl
         taken = jnp.where(filled, jnp.take_along_axis(x, order, axis=-1), jnp.asarray(empty, x.dtype))
         return _pad(taken, -1, extra, empty)
 
-    def vectors(x: Array, order: Array, filled: Array) -> Array:
+    def vectors(x: Array, *, order: Array, filled: Array) -> Array:
         taken = jnp.take_along_axis(x, order[..., None], axis=-2)
         return _pad(jnp.where(filled[..., None], taken, jnp.zeros((), x.dtype)), -2, extra, 0)
 
     def moved(x: Any) -> Any:
         if cache.is_split:
-            return tuple(vectors(layer, order[i], filled[i]) for i, layer in enumerate(x))
-        return vectors(x, order, filled)
+            return tuple(
+                change_slots(layer, partial(vectors, order=order[i], filled=filled[i])) for i, layer in enumerate(x)
+            )
+        return vectors(x, order=order, filled=filled)
 
     return cache.replace(
         k=moved(cache.k),

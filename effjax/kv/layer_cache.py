@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.kv.cache import KVCache
+from effjax.kv.coded_slots import CodedSlots, read_slots, write_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 
 
@@ -18,7 +19,7 @@ class LayerCache:
     """What one layer of a split cache holds while new tokens pass it.
 
     Attributes:
-        k, v: `[batch, kv_heads, slots, head_dim]`.
+        k, v: `[batch, kv_heads, slots, head_dim]`, or codes.
         positions: int32 `[batch, kv_heads, slots]`, those of the new tokens included.
         targets: int32 `[batch, kv_heads, length]`, the slot of each new token; `slots` for one that is not kept.
         received: float32 `[batch, kv_heads, slots]`, what the new tokens gave; None before.
@@ -33,19 +34,25 @@ class LayerCache:
     importance: Importance = dataclasses.field(default=ATTENTION_RECEIVED, metadata={"static": True})
 
     def write(
-        self, k: Float[Array, "batch kv_heads length head_dim"], v: Float[Array, "batch kv_heads length head_dim"]
+        self,
+        k: Float[Array, "batch kv_heads length head_dim"],
+        v: Float[Array, "batch kv_heads length head_dim"],
+        unrotated: Float[Array, "batch kv_heads length head_dim"],
     ) -> "LayerCache":
-        """Keys and values of the new tokens in their slots."""
+        """Keys and values of the new tokens in their slots; a coding may take keys as they are before the rotation."""
         at = (
             jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 0),
             jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 1),
             self.targets,
         )
+        turns = isinstance(self.k, CodedSlots) and self.k.frequencies is not None
         return dataclasses.replace(
-            self,
-            k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
+            self, k=write_slots(self.k, at, unrotated if turns else k), v=write_slots(self.v, at, v)
         )
+
+    def read(self) -> tuple[Array, Array]:
+        """Rotated keys and values in all slots, `[batch, kv_heads, slots, head_dim]`; decoded where they are codes."""
+        return read_slots(self.k, self.positions), read_slots(self.v, self.positions)
 
 
 def open_layers(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, Key
 
 from effjax.arrays.base import is_compressed
 from effjax.kv.cache import KVCache, init_cache
+from effjax.kv.coders import KVCoders
 from effjax.kv.method import EvictionMethod
 from effjax.models.generate import (
     check,
@@ -46,7 +47,8 @@ class GenerationStats:
             its rows, unless the table is the head too.
         cache_bytes: of the cache that a step reads: all slots, filled or not.
         cache_slots: of each layer, in every row and head.
-        full_cache_bytes: of a cache that holds the padded prompts and all new tokens; None where nothing is evicted.
+        full_cache_bytes: of a cache that holds the padded prompts and all new tokens as they are; None where nothing
+            is evicted or coded.
 
     Example:
         >>> stats = GenerationStats(rows=1, prompt_tokens=5, new_tokens=11, steps=10, first_token_s=0.5, decode_s=2.0,
@@ -138,7 +140,8 @@ class CompiledGenerate:
         draw = drawing(prompt_tokens.shape[0], temperature=temperature, top_p=top_p, key=key)
         arguments = params, cache, jnp.asarray(prompt_tokens, jnp.int32), jnp.asarray(prompt_lengths, jnp.int32), draw
         weights = step_bytes(params, rows=prompt_tokens.shape[0])
-        full = None if self.plan is None else whole_cache_bytes(cache, self.plan.length)
+        length = cache.slots if self.plan is None else self.plan.length
+        full = whole_cache_bytes(cache, length) if self.plan is not None or cache.is_coded else None
         jax.block_until_ready(arguments)
         began = time.perf_counter()
         state = self.prefill(*arguments)
@@ -223,7 +226,7 @@ def compile_generate(
 
 
 def whole_cache_bytes(cache: KVCache, slots: int) -> int:
-    """Bytes of a cache like this one with `slots` slots in every layer."""
+    """Bytes of a cache like this one, not coded, with `slots` slots in every layer."""
     batch, kv_heads = cache.length.shape[1:]
     sizes = {"layers": cache.layers, "batch": batch, "kv_heads": kv_heads, "slots": slots}
     shapes = jax.eval_shape(lambda: init_cache(**sizes, head_dim=cache.k[0].shape[-1], dtype=cache.k[0].dtype))
@@ -259,13 +262,14 @@ def generate_text_measured(
     params: PyTree | None = None,
     kv: EvictionMethod | None = None,
     prefill_chunk: int | None = None,
+    coders: KVCoders | None = None,
 ) -> tuple[list[str], GenerationStats]:
     """`generate_text`, and what it took without compiling.
 
     Raises:
         ConfigError: see `generate_text`.
     """
-    text = encode_prompts(model, prompts, max_new_tokens, kv, prefill_chunk)
+    text = encode_prompts(model, prompts, max_new_tokens, kv, prefill_chunk, coders)
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     apply, params = model.apply if apply is None else apply, model.params if params is None else params
     key = jax.random.key(seed)

@@ -16,11 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, add_scores, init_cache, write_layer
+from effjax.kv.coders import KVCoders
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 from effjax.kv.layer_cache import LayerCache, close_layers, open_layers
 from effjax.models.attention import attend, attend_to_slots
 from effjax.models.config import DecoderConfig
-from effjax.models.rope import rotary_angles, rotate
+from effjax.models.rope import frequencies, rotary_angles, rotate
 from effjax.sequential import Stage
 
 PyTree = Any
@@ -83,20 +84,19 @@ class Attention(nn.Module):
         def heads(name: str, count: int, norm: str | None) -> Array:
             y = Linear(count * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x)
             y = y.reshape(batch, length, count, c.head_dim)
-            if norm is None:
-                return y
-            if c.qk_norm:
-                y = RMSNorm(c.rms_norm_eps, c.param_dtype, name=norm)(y)
-            return rotate(y, *angles)
+            return y if norm is None or not c.qk_norm else RMSNorm(c.rms_norm_eps, c.param_dtype, name=norm)(y)
 
-        q = heads("q_proj", c.num_attention_heads, "q_norm").reshape(batch, length, kv_heads, group, c.head_dim)
-        k = heads("k_proj", kv_heads, "k_norm").swapaxes(1, 2)
+        q = rotate(heads("q_proj", c.num_attention_heads, "q_norm"), *angles)
+        q = q.reshape(batch, length, kv_heads, group, c.head_dim)
+        unrotated = heads("k_proj", kv_heads, "k_norm")
+        k = rotate(unrotated, *angles).swapaxes(1, 2)
         v = heads("v_proj", kv_heads, None).swapaxes(1, 2)
         if cache is None:
             slot_positions = jnp.broadcast_to(positions[:, None, :], (batch, kv_heads, length))
         elif isinstance(cache, LayerCache):
-            cache = cache.write(k, v)
-            k, v, slot_positions = cache.k.astype(x.dtype), cache.v.astype(x.dtype), cache.positions
+            cache = cache.write(k, v, unrotated.swapaxes(1, 2))
+            k, v = (vectors.astype(x.dtype) for vectors in cache.read())
+            slot_positions = cache.positions
         else:
             cache = write_layer(cache, layer, k, v, positions, lengths)
             k, v, slot_positions = (
@@ -368,12 +368,25 @@ def new_cache(
     dtype: Any = None,
     split: bool = False,
     importance: Importance = ATTENTION_RECEIVED,
+    coders: KVCoders | None = None,
 ) -> KVCache:
     """An empty cache that fits `config`; `dtype` defaults to the one computed in.
 
     `split` holds the layers apart (see `KVCache`), which decodes fastest; it needs `config.scan_layers` False, as do
-    `slots` that differ from layer to layer. `importance` says what its scores are to mean.
+    `slots` that differ from layer to layer. `importance` says what its scores are to mean. With `coders`
+    (`effjax.kv.coders.fit_layers`) keys and values are held as codes, in a split cache; new tokens, those of prompts
+    too, attend to what the codes stand for.
+
+    Raises:
+        ConfigError: see `init_cache`; or keys are coded before a rotation whose base grows with the text, which cannot
+            be made up for when they are read.
     """
+    turned = coders is not None and not coders.rotated
+    if turned and config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic":
+        raise ConfigError(
+            "new_cache: the rotation of this model changes with the length of the text (rope_type dynamic), so keys "
+            "cannot be coded before it; choose a coding of rotated keys"
+        )
     return init_cache(
         layers=config.num_hidden_layers,
         batch=batch,
@@ -383,6 +396,8 @@ def new_cache(
         dtype=dtype or config.dtype or config.param_dtype,
         split=split,
         importance=importance,
+        coders=coders,
+        frequencies=frequencies(config) if turned else None,
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, resize
+from effjax.kv.coders import KVCoders
 from effjax.kv.evict import check_importance, make_room
 from effjax.kv.method import EvictionMethod
 from effjax.models.decoder import new_cache
@@ -250,6 +251,7 @@ def generate_text(
     params: PyTree | None = None,
     kv: EvictionMethod | None = None,
     prefill_chunk: int | None = None,
+    coders: KVCoders | None = None,
 ) -> list[str]:
     """Continues texts.
 
@@ -265,6 +267,7 @@ def generate_text(
         params: run instead of the model's own, as compressed ones (which need a lifted `apply`).
         kv: evicts from the cache, see `generate`.
         prefill_chunk: see `generate`.
+        coders: the cache holds codes by these (`effjax.kv.coders.fit_layers`), with or without `kv`.
 
     Returns:
         The continuations without prompts and without stop tokens.
@@ -272,7 +275,7 @@ def generate_text(
     Raises:
         ConfigError: no tokenizer, no or empty prompts, or an argument out of range.
     """
-    text = encode_prompts(model, prompts, max_new_tokens, kv, prefill_chunk)
+    text = encode_prompts(model, prompts, max_new_tokens, kv, prefill_chunk, coders)
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     written, counts = generate(
         model.apply if apply is None else apply,
@@ -307,6 +310,7 @@ def encode_prompts(
     max_new_tokens: int,
     kv: EvictionMethod | None = None,
     prefill_chunk: int | None = None,
+    coders: KVCoders | None = None,
 ) -> Prompts:
     """The arguments of `generate` for texts; see `generate_text`."""
     if isinstance(prompts, str) or not prompts:
@@ -324,18 +328,13 @@ def encode_prompts(
         tokens[row, : len(ids)] = ids
     dtype = model.config.dtype or model.params["embed"]["embedding"].dtype
     new = max(max_new_tokens, 1)
+    options: dict[str, Any] = {"dtype": dtype, "coders": coders}
     if kv is None:
-        cache = new_cache(
-            model.config,
-            batch=len(encoded),
-            slots=padded + new,
-            dtype=dtype,
-            split=not model.config.scan_layers,
-        )
+        split = not model.config.scan_layers
+        cache = new_cache(model.config, batch=len(encoded), slots=padded + new, split=split, **options)
     else:
-        cache = new_evicting_cache(
-            model.config, kv, prompts=tokens.shape, max_new_tokens=new, prefill_chunk=prefill_chunk, dtype=dtype
-        )
+        sizes: dict[str, Any] = {"prompts": tokens.shape, "max_new_tokens": new, "prefill_chunk": prefill_chunk}
+        cache = new_evicting_cache(model.config, kv, **sizes, **options)
     return Prompts(ids=encoded, tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), cache=cache)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache
 from effjax.kv.checks import check_whole
+from effjax.kv.coders import KVCoders
 from effjax.kv.evict import evict_to
 from effjax.kv.importance import ATTENTION_RECEIVED
 from effjax.kv.method import EvictionMethod
@@ -72,6 +73,7 @@ def new_evicting_cache(
     max_new_tokens: int,
     prefill_chunk: int | None = None,
     dtype: Any = None,
+    coders: KVCoders | None = None,
 ) -> KVCache:
     """An empty cache for `generate(..., kv=kv, prefill_chunk=prefill_chunk)`: the budget, and room for a chunk.
 
@@ -81,6 +83,7 @@ def new_evicting_cache(
         prompts: shape of the prompts, `[batch, length]`.
         max_new_tokens, prefill_chunk: as of `generate`.
         dtype: of keys and values; defaults to the one computed in.
+        coders: what is kept is held as codes, see `effjax.models.decoder.new_cache`.
 
     Raises:
         ConfigError: a budget that does not fit the model's layers, or layers of different budgets in a model that scans
@@ -112,6 +115,7 @@ def new_evicting_cache(
         dtype=dtype,
         split=not config.scan_layers,
         importance=kv.importance or ATTENTION_RECEIVED,
+        coders=coders,
     )
 
 

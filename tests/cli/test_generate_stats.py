@@ -74,3 +74,37 @@ def test_batch(effjax: Callable[[str], Ran], work: Path) -> None:
 
 def _leaves(directory: str) -> list:
     return jax.tree.leaves(load_checkpoint(directory).params, is_leaf=is_compressed)
+
+
+def test_coded_cache(effjax: Callable[[str], Ran], work: Path) -> None:
+    """A file of tables gives what the name of its coding gives; bytes fall, with eviction too."""
+    drawn = "generate tiny --prompt the --max-new-tokens 24 --temperature 0 --stats"
+    windows = "--calibration-windows 4 --calibration-length 32"
+    fine = effjax(f"{drawn} --kv-code int8 {windows}")
+    assert fine.code == 0, fine.err
+    share = re.search(r"cache: 56 slots a head, ([\d,]+) bytes of the ([\d,]+) of all tokens", fine.err)
+    assert share and int(share[1].replace(",", "")) < 0.5 * int(share[2].replace(",", ""))
+    made = effjax(f"calibrate-kv tiny --code cq-4c4b --out kv.safetensors {windows}")
+    assert made.code == 0 and "kv.safetensors: cq-4c4b, 1 bits a number, tables of " in made.err, made.err
+    named, filed = effjax(f"{drawn} --kv-code cq-4c4b {windows}"), effjax(f"{drawn} --kv-code kv.safetensors")
+    assert named.code == filed.code == 0 and named.out == filed.out, filed.err
+    both = effjax(f"{drawn} --kv-code kv.safetensors --kv h2o --kv-budget 0.25 --prefill-chunk 8")
+    assert both.code == 0 and "cache: 14 slots a head" in both.err, both.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("generate tiny --kv-code cq3", "--kv-code cq3: no such coding or file; choose cq1, cq2, cq4"),
+        ("generate tiny --kv-code cq-3c3b", "--kv-code cq-3c3b: 3 channels do not divide a head of 8"),
+        ("generate tiny --kv-code int9", "--kv-code int9: bits=9: choose 1 to 8"),
+        ("generate tiny --kv-code tables.safetensors", "tables.safetensors: cannot be read"),
+        ("calibrate-kv tiny --code zip", "--kv-code zip: no such coding or file"),
+        ("calibrate-kv tiny --out tiny", "tiny exists already: choose another --out, or add --overwrite"),
+        ("calibrate-kv tiny --calibration-length 999", "tiny has 64 positions, choose from 2 to 64"),
+    ],
+)
+def test_codes_that_cannot_be(effjax: Callable[[str], Ran], work: Path, arguments: str, told: str) -> None:
+    ran = effjax(arguments)
+    assert ran.code == 2 and told in " ".join(ran.err.split()), ran.err
+    assert not (work / "kv.safetensors").exists()

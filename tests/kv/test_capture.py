@@ -13,7 +13,8 @@ from effjax.errors import CalibrationError, ConfigError
 from effjax.evaluate.loss import next_token_nll
 from effjax.kv import CQ, KIVI, IntKV
 from effjax.kv.capture import capture_kv, changed_kv
-from effjax.kv.coded_apply import apply_coded, fit_layers
+from effjax.kv.coded_apply import apply_coded
+from effjax.kv.coders import fit_layers
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, DecoderApply, new_cache, stack_layers
 from effjax.models.rope import rotary_angles, rotate

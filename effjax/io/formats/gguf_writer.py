@@ -1,18 +1,17 @@
 """Writes GGUF files of version 3: under a temporary name first, one tensor in memory at a time."""
 
-import contextlib
 import dataclasses
 import math
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from effjax.errors import CheckpointError
+from effjax.io.directory import file_renamed_when_whole
 from effjax.io.formats.gguf import ALIGNMENT, ARRAY, MAGIC, NUMBERS, STRING, padded, plain_name
 from effjax.io.formats.gguf_types import TensorType
 
@@ -60,7 +59,7 @@ def write_gguf(
         ...     read_gguf(f"{directory}/a.gguf").tensors["w"].read().shape
         (3, 2)
     """
-    with _renamed_when_whole(Path(path), overwrite) as stream:
+    with file_renamed_when_whole(Path(path), overwrite=overwrite) as stream:
         _write(stream, metadata, tensors)
 
 
@@ -117,31 +116,3 @@ def _whole(key: str, value: int) -> np.generic:
         if np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
             return dtype(value)
     raise CheckpointError(f"metadata {key!r} is {value}, beyond 64 bits; write a smaller number")
-
-
-@contextlib.contextmanager
-def _renamed_when_whole(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """A temporary file beside `target` that takes its name at the end, or disappears on any error."""
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target.name} exists already; choose another name, or overwrite it explicitly")
-    if not target.absolute().parent.is_dir():
-        raise CheckpointError(f"{target.name} cannot be made: its parent directory does not exist; make that first")
-    temporary: Path | None = None
-    try:
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
-        temporary = Path(name)
-        with os.fdopen(number, "wb") as stream:
-            yield stream
-        mask = os.umask(0o022)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(target)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{target.name} cannot be written ({error.strerror}); nothing was left behind, free some space or "
-                "choose another disk"
-            ) from error
-        raise

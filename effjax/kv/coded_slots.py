@@ -1,0 +1,119 @@
+"""Keys or values of one layer of a cache, held as codes; and what a cache does with its slots, coded or not."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.errors import ConfigError
+from effjax.kv.coding import Coded, Coder
+from effjax.models.rope import rotate
+
+Vectors = Float[Array, "batch kv_heads slots head_dim"]
+At = tuple[Int[Array, "batch kv_heads length"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodedSlots:
+    """Keys or values of one layer, held as codes.
+
+    It stands in a split `KVCache` where else an array `[batch, kv_heads, slots, head_dim]` does, whose `shape` and
+    `dtype` it has. Codes are those of single tokens, so that a slot is written when its token comes and may move when
+    others are evicted.
+
+    Attributes:
+        tokens: arrays `[batch, kv_heads, slots, width]`, see `effjax.kv.coding.Coded`.
+        coder: the coding and its tables.
+        frequencies: float32 `[head_dim / 2]`, radians a position, of keys that are coded before their rotation: they
+            are turned when they are read. None for values, and for keys that are coded as they came.
+        head_dim: of the vectors.
+        dtype: of the vectors that are read.
+    """
+
+    tokens: dict[str, Any]
+    coder: Coder
+    frequencies: Any = None
+    head_dim: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the vectors that the codes stand for."""
+        return (*next(iter(self.tokens.values())).shape[:-1], self.head_dim)
+
+    def write(self, at: At, x: Float[Array, "batch kv_heads length head_dim"]) -> Self:
+        """Codes of new tokens in their slots; a slot out of range is dropped."""
+        new = self.coder.encode(x).tokens
+        return dataclasses.replace(
+            self, tokens={name: old.at[at].set(new[name], mode="drop") for name, old in self.tokens.items()}
+        )
+
+    def read(self, positions: Int[Array, "batch kv_heads slots"]) -> Vectors:
+        """The vectors that the codes stand for; keys turned to the positions of their tokens."""
+        x = self.coder.decode(Coded(tokens=self.tokens))
+        if self.frequencies is not None:
+            rows = positions.reshape(-1, positions.shape[-1])
+            angles = rows.astype(jnp.float32)[..., None] * self.frequencies
+            turned = rotate(x.reshape(*rows.shape, 1, self.head_dim), jnp.cos(angles), jnp.sin(angles))
+            x = turned.reshape(x.shape)
+        return x.astype(self.dtype)
+
+
+def empty_slots(
+    coder: Coder, shape: tuple[int, int, int, int], dtype: Any, frequencies: Float[Array, " half"] | None = None
+) -> CodedSlots:
+    """No token in slots for `shape` `[batch, kv_heads, slots, head_dim]`.
+
+    Tables are copied: the memory of a cache is reused where it is donated, and that of the coder must not be.
+
+    Raises:
+        ConfigError: tables of other heads; or a coding whose successive tokens share scales, or that leaves the last
+            ones uncoded.
+    """
+    try:
+        coded = jax.eval_shape(coder.encode, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        decoded = jax.eval_shape(coder.decode, coded)
+    except (TypeError, ValueError) as error:  # shapes that do not broadcast
+        decoded, reason = None, str(error)
+    else:
+        reason = f"they decode to {list(decoded.shape)}"
+    if decoded is None or decoded.shape != shape:
+        raise ConfigError(
+            f"{coder.coding}: its tables do not fit vectors {list(shape)} (batch, kv_heads, slots, head_dim): "
+            f"{reason}; learn them on this model"
+        )
+    if coded.blocks or coded.recent is not None:
+        raise ConfigError(
+            f"{coder.coding}: a cache codes each token when it comes, but here successive tokens share scales or the "
+            "last ones are not coded; choose CQ, KVQuant or IntKV"
+        )
+    return CodedSlots(
+        tokens={name: jnp.zeros(x.shape, x.dtype) for name, x in coded.tokens.items()},
+        coder=jax.tree.map(lambda x: jnp.array(x, copy=True), coder),
+        frequencies=None if frequencies is None else jnp.array(frequencies, copy=True),
+        head_dim=shape[-1],
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def write_slots(held: Any, at: At, x: Float[Array, "batch kv_heads length head_dim"]) -> Any:
+    """New tokens in their slots, of codes or of an array; a slot out of range is dropped."""
+    if isinstance(held, CodedSlots):
+        return held.write(at, x)
+    return held.at[at].set(x.astype(held.dtype), mode="drop")
+
+
+def read_slots(held: Any, positions: Int[Array, "batch kv_heads slots"]) -> Vectors:
+    """The vectors in all slots, of codes or of an array."""
+    return held.read(positions) if isinstance(held, CodedSlots) else held
+
+
+def change_slots(held: Any, change: Callable[[Array], Array]) -> Any:
+    """`change` of every array whose last axis but one is that of the slots; tables stay as they are."""
+    if isinstance(held, CodedSlots):
+        return dataclasses.replace(held, tokens={name: change(x) for name, x in held.tokens.items()})
+    return change(held)
