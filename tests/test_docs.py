@@ -14,7 +14,7 @@ from effjax.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMANDS = ("plan", "compress", "convert", "verify", "eval", "generate", "report")
+COMMANDS = ("plan", "compress", "convert", "verify", "eval", "generate", "calibrate-kv", "report")
 
 
 def name(page: Path) -> str:
