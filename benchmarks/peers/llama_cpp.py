@@ -1,11 +1,12 @@
 """llama.cpp as a process of its own: builds its environment where there is none, and hands it jobs one by one."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.peers import worker
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -48,37 +49,16 @@ def environment(directory: Path) -> Path:
     return python
 
 
-class Worker:
-    """A running worker; use as a context manager."""
+class Worker(worker.Worker):
+    """A running llama.cpp."""
 
     def __init__(self, python: Path, log: Path, *, threads: int) -> None:
-        self.threads = threads
-        self._log = log.open("w", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [python, "-P", WORKER],  # without the worker's directory, where this file goes by the library's name
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        hello = self._answer()
-        self.version, self.system = hello["version"], hello["system"]
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._log.close()
+        # Without the worker's directory, where this file goes by the library's name.
+        super().__init__("llama.cpp", [python, "-P", WORKER], log)
+        self.threads, self.version, self.system = threads, self.hello["version"], self.hello["system"]
 
     def generate(self, model: Path, prompt: list[int], new: int, *, logits: Path | None = None) -> dict[str, Any]:
-        """The answer to one job, see `llama_cpp_worker.py`.
-
-        Raises:
-            RuntimeError: the worker ended; the message has the end of its log.
-        """
+        """The answer to one job, see `llama_cpp_worker.py` and `worker.Worker.ask`."""
         job = {
             "model": str(model),
             "threads": self.threads,
@@ -86,17 +66,4 @@ class Worker:
             "new": new,
             "logits": None if logits is None else str(logits),
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._log.flush()
-            tail = Path(self._log.name).read_text(encoding="utf-8")[-3000:]
-            raise RuntimeError(f"llama.cpp ended with status {self._process.returncode}:\n{tail}")
-        return json.loads(line)
+        return self.ask(job)

@@ -1,13 +1,12 @@
-"""llm-compressor as a process of its own: makes its environment where there is none, and hands it jobs one by one."""
+"""llm-compressor as a process of its own, and the recipes that it is given."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.peers import worker
 
 HERE = Path(__file__).parent
 REQUIREMENTS, WORKER = HERE / "llmcompressor-requirements.txt", HERE / "_llmcompressor_worker.py"
@@ -15,24 +14,8 @@ GROUPED, CHANNELWISE = "re:.*(q|k|v|o|gate|up|down)_proj$", "re:.*down_proj$"
 
 
 def environment(directory: Path) -> Path:
-    """The interpreter of an environment with the pinned packages, made first where `directory` has none.
-
-    Raises:
-        subprocess.CalledProcessError: pip could not install them.
-    """
-    python, done = directory / "bin" / "python", directory / "requirements.txt"
-    wanted = REQUIREMENTS.read_text(encoding="utf-8")
-    if done.exists() and done.read_text(encoding="utf-8") == wanted:
-        return python
-    print(f"making the environment of llm-compressor (about 1.5 GB) in {directory}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # torch first and alone: where a build for the processor is at hand, the rest then takes it as it is.
-    torch = next(line for line in wanted.splitlines() if line.startswith("torch=="))
-    subprocess.run([*install, torch], check=True)
-    subprocess.run([*install, "--requirement", REQUIREMENTS], check=True)
-    done.write_text(wanted, encoding="utf-8")
-    return python
+    """The interpreter of an environment with llm-compressor; see `worker.environment`."""
+    return worker.environment(directory, REQUIREMENTS, "llm-compressor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,25 +26,12 @@ class Timing:
     cpu: float
 
 
-class Worker:
-    """A running worker; use as a context manager."""
+class Worker(worker.Worker):
+    """A running llm-compressor."""
 
     def __init__(self, python: Path, log: Path) -> None:
-        self._log = log.open("w", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [python, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        hello = self._answer()
-        self.versions, self.import_s = hello["versions"], hello["import_s"]
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._log.close()
+        super().__init__("llm-compressor", [python, WORKER], log)
+        self.versions, self.import_s = self.hello["versions"], self.hello["import_s"]
 
     def run(
         self,
@@ -73,11 +43,7 @@ class Worker:
         threads: int,
         save: Path | None = None,
     ) -> dict[str, float]:
-        """The answer to one job, see `_llmcompressor_worker.py`.
-
-        Raises:
-            RuntimeError: the worker ended; the message has the end of its log.
-        """
+        """The answer to one job, see `_llmcompressor_worker.py` and `worker.Worker.ask`."""
         job = {
             "model": str(model),
             "tokens": str(tokens),
@@ -86,20 +52,7 @@ class Worker:
             "threads": threads,
             "save": None if save is None else str(save),
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._log.flush()
-            tail = Path(self._log.name).read_text(encoding="utf-8")[-3000:]
-            raise RuntimeError(f"llm-compressor ended with status {self._process.returncode}:\n{tail}")
-        return json.loads(line)
+        return self.ask(job)
 
 
 def gptq_recipe(

@@ -26,11 +26,11 @@ def test_runs_without_error_or_warning(path, monkeypatch):
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", f"cell {cell.id} wrote to stderr: {output['text']}"
     printed = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
-    assert len(printed) > 10, "hardly any cell printed something: did the notebook run?"
+    assert len(printed) >= 10, "hardly any cell printed something: did the notebook run?"
 
 
-def test_both_are_found():
-    assert [path.stem for path in NOTEBOOKS] == ["compose_transforms", "your_own_model"]
+def test_all_are_found():
+    assert [path.stem for path in NOTEBOOKS] == ["cache_budget", "compose_transforms", "your_own_model"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
