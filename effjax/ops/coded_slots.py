@@ -39,7 +39,7 @@ class CodedSlots:
     @property
     def shape(self) -> tuple[int, ...]:
         """`(batch, kv_heads, slots, head_dim)` of the vectors that are coded."""
-        return tuple(jax.eval_shape(self.coder.decode, self.coded).shape)
+        return tuple(jax.eval_shape(lambda slots: slots.with_tokens(slots.tokens), self).shape)
 
     @property
     def dtype(self) -> Any:
