@@ -124,8 +124,8 @@ def paged_decode_attention(
 def choose(platform: str, a: Question) -> Implementation:
     """The implementation for a program on one device of a platform ("cpu", "tpu" or "cuda").
 
-    Kernels where they take the operands, on GPUs only where they are Hopper. Without one, codes go block by block; dense
-    slots do so on a CPU, see `_on_cpu`.
+    Kernels where they take the operands, on GPUs only where they are Hopper. Without one, codes go block by block, and
+    on a CPU dense slots too.
     """
     name = dispatch.PLATFORMS[platform]
     if name in KERNELS and not why_not(name, a) and not (name == "gpu" and dispatch.no_hopper()):
@@ -162,9 +162,7 @@ def _question(
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ConfigError(f"{where}: {name} holds {x.dtype}; codes go with their coder, as a CodedSlots")
     if slots_shape(k)[:3] != slots_shape(v)[:3]:
-        raise ConfigError(
-            f"{where}: k and v hold different slots, {list(slots_shape(k))} and {list(slots_shape(v))}"
-        )
+        raise ConfigError(f"{where}: k and v hold different slots, {list(slots_shape(k))} and {list(slots_shape(v))}")
     for name, x in (("length", length), ("start", start)):
         if x is not None and (x.shape != (batch, heads) or not jnp.issubdtype(x.dtype, jnp.integer)):
             raise ConfigError(f"{where}: {name} must be int32 [{batch}, {heads}], found {x.dtype} {list(x.shape)}")
@@ -207,7 +205,7 @@ def _run(name: str, a: Question) -> tuple[Array, Array | None]:
 
 
 def block_slots(a: Question) -> int:
-    """Slots of a block: a power of two whose keys and values fit the cache of a processor, all rows and heads together."""
+    """Slots of a block: a power of two whose keys and values, of all rows and heads, fit the cache of a processor."""
     batch, heads, _, head_dim = a.q.shape
     fitting = _TILE_BYTES // (batch * heads * head_dim * 2 * a.k.dtype.itemsize)
     return max(_LEAST_BLOCK, 1 << max(fitting, 1).bit_length() - 1)

@@ -1,4 +1,4 @@
-"""Keys or values of a cache as codes, with what decodes them: an operand of attention that no one has to decode whole."""
+"""Keys or values of a cache as codes, with what decodes them: an operand that is decoded piece by piece."""
 
 import dataclasses
 from typing import Any
@@ -16,8 +16,8 @@ class CodedSlots:
     """Codes of the slots of a cache.
 
     Attributes:
-        coded: an `effjax.kv.Coded` whose `tokens` are `[batch, kv_heads, slots, width]`, and which has nothing else: any
-            run of slots can then be decoded by itself.
+        coded: an `effjax.kv.Coded` whose `tokens` are `[batch, kv_heads, slots, width]`, and which has nothing else:
+            any run of slots can then be decoded by itself.
         coder: the `effjax.kv.Coder` whose codes they are, with tables of this layer.
 
     Raises:

@@ -1,9 +1,9 @@
 """Attention of one query a row to a cache's slots on a TPU: one pass over the live blocks of keys and values.
 
-The grid goes over rows, key heads and blocks of slots. Lengths (and the pages of a paged cache) are known before a block
-is fetched: blocks that a row does not see are neither fetched, since the index of the fetch stands still, nor computed.
-Logits stay in vector memory, 4 bytes a slot and query head, so that the sums of a slot's weights, which need the maximum
-and the sum over all slots, cost no second pass over the keys and no word of memory but themselves.
+The grid goes over rows, key heads and blocks of slots. Lengths (and the pages of a paged cache) are known before a
+block is fetched: blocks that a row does not see are neither fetched, since the index of the fetch stands still, nor
+computed. Logits stay in vector memory, 4 bytes a slot and query head, so that the sums of a slot's weights, which need
+the maximum and the sum over all slots, cost no second pass over the keys and no word of memory but themselves.
 
 Source: FlashAttention's running maximum and sum (Dao et al. 2022), for one query (flash-decoding, Dao et al. 2023).
 """
@@ -75,7 +75,7 @@ def choose_block(a: Question) -> int:
 
 
 def vmem_bytes(a: Question, block: int) -> int:
-    """Vector memory of a step: every block twice, since the next one is on its way, what it is unpacked to, and logits."""
+    """Vector memory of a step: each block twice, as the next one is on its way, what it is unpacked to, and logits."""
     _, _, group, head_dim = a.q.shape
     rows, wide = padded_rows(group), round_up(head_dim, LANES)
     blocks = pl.cdiv(a.slots, block)

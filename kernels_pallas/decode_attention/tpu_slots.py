@@ -8,6 +8,7 @@ token on the weights, and what is the same for all slots does not change a softm
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,20 +161,15 @@ def _integers(x: CodedSlots, q_dtype: Any, turned: bool) -> Held:
         operands.append(Operand(array=_two_halves(x.tokens["low"], x.tokens["step"]), axis=-1))
 
     def logits(q: Any, arrays: Sequence[jax.Array]) -> jax.Array:
-        found = sum(dot(q[i], codes, 0 if turned else 1) for i, codes in enumerate(_planes(arrays[0], bits)))
-        rows = found.shape[0] // parts
-        return sum(found[i * rows : (i + 1) * rows] for i in range(1, parts)) + found[:rows]
+        each = [dot(q[i], codes, 0 if turned else 1) for i, codes in enumerate(_planes(arrays[0], bits))]
+        return _added(functools.reduce(jnp.add, each), parts)
 
     def values(powers: jax.Array, seen: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         low, step = (_half_to_float(word) for word in (arrays[1], lax.shift_right_logical(arrays[1], jnp.int32(16))))
         least = jnp.sum(jnp.where(seen, powers * (low + centre * step), 0.0), axis=1, keepdims=True)
         stacked = jnp.concatenate(bfloat16_parts(jnp.where(seen, powers * step, 0.0), parts))
-        rows = powers.shape[0]
-        found = []
-        for codes in _planes(arrays[0], bits):
-            product = dot(stacked, codes, 1 if turned else 0)
-            found.append(sum((product[i * rows : (i + 1) * rows] for i in range(parts)), least))
-        return found
+        products = [dot(stacked, codes, 1 if turned else 0) for codes in _planes(arrays[0], bits)]
+        return [_added(product, parts) + least for product in products]
 
     def query(q: jax.Array) -> jax.Array:
         return q * x.tables["step"].astype(jnp.float32)
@@ -189,6 +185,12 @@ def _integers(x: CodedSlots, q_dtype: Any, turned: bool) -> Held:
     )
 
 
+def _added(stacked: jax.Array, parts: int) -> jax.Array:
+    """The sum of `parts` arrays that lie one below the other."""
+    rows = stacked.shape[0] // parts
+    return functools.reduce(jnp.add, [stacked[i * rows : (i + 1) * rows] for i in range(parts)])
+
+
 def _planes(codes: jax.Array, bits: int) -> list[jax.Array]:
     """Bfloat16 codes of every byte's first code, second one and so on; of 8 bits less 128."""
     if codes.shape[0] % (4 * SUBLANES):  # bytes that do not fill registers of words
@@ -200,9 +202,7 @@ def _planes(codes: jax.Array, bits: int) -> list[jax.Array]:
         found = [words ^ jnp.int32(-0x7F7F7F80)]  # the sign bit of each byte flipped
     else:
         mask = jnp.int32((2**bits - 1) * 0x01010101)
-        found = [
-            (lax.shift_right_logical(words, jnp.int32(i * bits)) if i else words) & mask for i in range(8 // bits)
-        ]
+        found = [(lax.shift_right_logical(words, jnp.int32(i * bits)) if i else words) & mask for i in range(8 // bits)]
     return [pltpu.bitcast(word, jnp.int8).astype(jnp.bfloat16) for word in found]
 
 
@@ -222,7 +222,7 @@ def _half_to_float(word: jax.Array) -> jax.Array:
 
 
 def _codebooks(x: CodedSlots, q_dtype: Any) -> Held:
-    """Vectors are made turned too, channels by slots: a codebook's channel is then a register row that slots look up in."""
+    """Vectors are made turned too, channels by slots: a codebook's channel is a register row that slots look up in."""
     bits, channels = x.coding.bits, x.coding.channels
     heads, groups, entries, _ = x.tables.shape
     table = x.tables.astype(jnp.float32).transpose(0, 1, 3, 2).reshape(heads, groups * channels, entries)

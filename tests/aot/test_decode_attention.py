@@ -38,7 +38,15 @@ def asked_of(model, slots, *, batch=4, dtype=BF16, keys=None, values=None, page=
     k, v = (STRUCT(shape, dtype) if c is None else coded(c, shape) for c in (keys, values))
     table = None if page is None else STRUCT((batch, slots // page), jnp.int32)
     place = STRUCT((batch, heads), jnp.int32)
-    return STRUCT((batch, heads, widths.heads // heads, head_dim), dtype), k, v, place, place, STRUCT((batch,), F32), table
+    return (
+        STRUCT((batch, heads, widths.heads // heads, head_dim), dtype),
+        k,
+        v,
+        place,
+        place,
+        STRUCT((batch,), F32),
+        table,
+    )
 
 
 CQ_8C8B = CQ(channels=8, bits=8)

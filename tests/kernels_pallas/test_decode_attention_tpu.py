@@ -1,4 +1,4 @@
-"""The TPU's `decode_attention` in the simulator of a TPU: ragged lengths, windows, codes, pages, and what is not read."""
+"""The TPU's `decode_attention` in the simulator of a TPU: ragged lengths, windows, codes, pages, what is not read."""
 
 import dataclasses
 import functools

@@ -56,7 +56,7 @@ def random_case(
     batch=2, heads=2, group=4, slots=150, head_dim=16, *, dtype="float32", keys="dense", values="dense", window=False,
     page=None, seed=0
 ):  # fmt: skip
-    """Ragged lengths that begin with an empty row and a full one; pages lie in no order, with one to spare."""
+    """Ragged lengths, an empty one and a full one first; pages lie in no order, with one to spare."""
     rng = np.random.default_rng(seed)
     q = jnp.asarray(rng.standard_normal((batch, heads, group, head_dim)), dtype)
     table = None
@@ -67,10 +67,11 @@ def random_case(
         shape = (batch * pages + 1, heads, page, head_dim)
     k, exact_k = _held(keys, rng.standard_normal(shape) * np.linspace(0.5, 2, head_dim), dtype)
     v, exact_v = _held(values, rng.standard_normal(shape) + 0.5, dtype)
-    lengths = np.array([0, slots, 1, *rng.integers(0, slots + 1, batch * heads)])[: batch * heads]
-    lengths = lengths.reshape(batch, heads)
-    if table is not None:
-        lengths = np.broadcast_to(lengths[:, :1], lengths.shape)
+    lengths = np.array([0, slots, 1, *rng.integers(0, slots + 1, batch * heads)])
+    if table is None:
+        lengths = lengths[: batch * heads].reshape(batch, heads)
+    else:
+        lengths = np.repeat(lengths[:batch, None], heads, axis=1)
         exact_k, exact_v = (x[table].swapaxes(1, 2).reshape(batch, heads, slots, head_dim) for x in (exact_k, exact_v))
         needed = -(-lengths[:, :1] // page)
         table = jnp.asarray(np.where(np.arange(table.shape[1]) < needed, table, -7), jnp.int32)
@@ -98,7 +99,9 @@ def _held(kind, x, dtype):
     if name == "cq":
         coding = CQ(channels=int(kind.split("-")[1]), bits=bits, fisher=False, iterations=0)
         tables = jnp.asarray(
-            np.random.default_rng(3).standard_normal((x.shape[1], head_dim // coding.channels, 2**bits, coding.channels)),
+            np.random.default_rng(3).standard_normal(
+                (x.shape[1], head_dim // coding.channels, 2**bits, coding.channels)
+            ),
             jnp.float16,
         )
     else:
@@ -109,15 +112,19 @@ def _held(kind, x, dtype):
     return CodedSlots(coded=coded, coder=coder), np.asarray(coder.decode(coded), np.float64)
 
 
-def assert_answers(case, answer, tolerance, scale=None):
-    """Largest errors relative to the largest output, and to 1 for the weights."""
+def largest_error(case, answer, scale=None):
+    """Of outputs relative to the largest one, and of the sums of weights likewise; what is not seen must be 0."""
     y, received = exact(case, scale)
     assert answer[0].dtype == case.q.dtype and answer[0].shape == y.shape
     error = np.abs(np.asarray(answer[0], np.float64) - y).max() / max(np.abs(y).max(), 1e-9)
-    assert error <= tolerance, f"outputs are off by {error:.2e} of the largest"
-    if answer[1] is not None:
-        assert answer[1].dtype == jnp.float32 and answer[1].shape == received.shape
-        found = np.asarray(answer[1], np.float64)
-        error = np.abs(found - received).max() / max(np.abs(received).max(), 1e-9)
-        assert error <= tolerance, f"sums of weights are off by {error:.2e} of the largest"
-        assert not found[received == 0].any()
+    if answer[1] is None:
+        return float(error)
+    assert answer[1].dtype == jnp.float32 and answer[1].shape == received.shape
+    found = np.asarray(answer[1], np.float64)
+    assert not found[received == 0].any()
+    return float(max(error, np.abs(found - received).max() / max(np.abs(received).max(), 1e-9)))
+
+
+def assert_answers(case, answer, tolerance, scale=None):
+    error = largest_error(case, answer, scale)
+    assert error <= tolerance, f"off by {error:.2e} of the largest"
