@@ -149,7 +149,7 @@ def decode_attention(
 
 
 def _call(a: Question, q: jax.Array, tile: Tile, interpret: Any) -> Any:
-    """Sums of values `[splits, batch, heads, group, head_dim]`, then maxima and sums of powers, `rows` in place of both.
+    """Sums of values `[splits, batch, heads, group, head_dim]`, then maxima and sums of powers `[..., rows]`.
 
     And, where asked for, logits `[batch, heads, group, slots]`, which hold anything where a slot is not seen.
     """

@@ -13,11 +13,11 @@ from effjax.errors import ConfigError
 from effjax.kv import KIVI
 from effjax.kv.coding import Coder
 from effjax.ops import CodedSlots, decode_attention, paged_decode_attention
-from effjax.ops.attention import block_slots
+from effjax.ops.attention import block_slots, choose
 from effjax.ops.attention_blocks import Question, blocked
 from tests.ops.attention_oracle import assert_answers, exact, random_case
 
-PLAIN = ("reference", "blocked")
+PLAIN = ("reference", "blocked", "either")
 CODES = (("channel-8", "token-8"), ("channel-4", "token-4"), ("cq-8-8", "cq-4-4"), ("dense", "token-3"))
 
 
@@ -96,6 +96,26 @@ def test_blocks_that_no_row_sees_are_not_read():
     assert_answers(case, (y, received), 1e-6)
 
 
+@pytest.mark.parametrize(("length", "blocks"), [(190, True), (194, False)])
+def test_either_goes_by_blocks_where_few_slots_are_filled(length, blocks):
+    """Told apart by what is never read in blocks."""
+    case = random_case(slots=512, head_dim=64)
+    case.length = jnp.full((2, 2), length)
+    case.values = np.where(np.arange(512)[:, None] < 500, case.values, np.inf)
+    case.v = jnp.asarray(case.values, jnp.float32)
+    y, _ = case.answer("either")
+    assert bool(jnp.isfinite(y).all()) is blocks
+
+
+def test_what_is_chosen_for_a_cpu():
+    def chosen(**shape):
+        return choose("cpu", question(random_case(**shape)))
+
+    assert chosen(slots=512) == "either"
+    assert chosen(slots=500) == chosen(slots=512, dtype="bfloat16") == "reference"
+    assert chosen(slots=64, keys="channel-4") == chosen(slots=64, values="cq-8-8") == "blocked"
+
+
 def test_sums_are_left_out_when_nothing_is_asked():
     case = random_case()
     for implementation in (*PLAIN, None):
@@ -142,7 +162,7 @@ def test_spread_over_devices_the_compiler_gets_the_reference():
 
 
 def test_each_device_of_shard_map_has_its_own_blocks():
-    case = random_case(batch=8, slots=64)
+    case = random_case(batch=8, slots=512)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def local(q, k, v, length, asked):
@@ -172,7 +192,7 @@ def test_the_reference_has_gradients():
 
 def test_a_block_fits_the_cache_and_is_not_tiny():
     small, large = question(random_case(1, 1, 1, 8, 64)), question(random_case(8, 8, 1, 8, 64))
-    assert block_slots(small) == 1024
+    assert block_slots(small) == 512
     assert block_slots(large) == 64
 
 
@@ -196,7 +216,7 @@ def test_what_is_refused_says_why():
     refused(r"length must be int32 \[2, 2\], found float32", length=jnp.ones((2, 2)))
     refused(r"asked must be \[2\], one number a row, found \[4\]", asked=jnp.ones(4))
     refused("scale must be a finite number, found inf", scale=float("inf"))
-    refused("no implementation 'xla'; there are reference, blocked, tpu and gpu", implementation="xla")
+    refused("no implementation 'xla'; there are reference, blocked, either, tpu, gpu", implementation="xla")
     with pytest.raises(ConfigError, match=r"q must be \[batch, kv_heads, group, head_dim\], found \[2, 4\]"):
         decode_attention(jnp.ones((2, 4)), jnp.ones(1), jnp.ones(1), jnp.ones(1))
 
