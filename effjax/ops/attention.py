@@ -21,7 +21,7 @@ Implementation = Literal["reference", "blocked", "either", "tpu", "gpu"]
 PLAIN, KERNELS = ("reference", "blocked", "either"), ("tpu", "gpu")
 _TILE_BYTES = 2**18  # of a block of keys and values, decoded: they stay in the second-level cache of a processor
 _LEAST_BLOCK = 64
-# Measured with two threads of Zen 4: float32 slots go through blocks at half the speed of all at once, which reads more.
+# Measured with two threads of Zen 4: float32 slots go by blocks at half the speed of all at once, which reads more.
 _SHORT = 3 / 8
 _WORTH_BLOCKS = 512
 
@@ -128,11 +128,11 @@ def paged_decode_attention(
 def choose(platform: str, a: Question) -> Implementation:
     """The implementation for a program on one device of a platform ("cpu", "tpu" or "cuda").
 
-    Kernels where they take the operands, on GPUs only where they are Hopper. Without one, codes go block by block, and
-    on a CPU so do dense slots in float32, while few of many are filled.
+    Kernels where they take the operands and are fit for them (GPUs must be Hopper). Without one, codes go block by
+    block, and on a CPU so do dense slots in float32, while few of many are filled.
     """
     name = dispatch.PLATFORMS[platform]
-    if name in KERNELS and not why_not(name, a) and not (name == "gpu" and dispatch.no_hopper()):
+    if name in KERNELS and not why_not(name, a) and not _kernel(name).unfit(a):
         return "tpu" if name == "tpu" else "gpu"
     coded = isinstance(a.k, CodedSlots) or isinstance(a.v, CodedSlots)
     if coded:

@@ -21,6 +21,7 @@ from jax import lax
 
 from effjax.ops.attention_blocks import Question, slots_shape
 from effjax.ops.coded_slots import CodedSlots
+from effjax.ops.dispatch import no_hopper
 from kernels_pallas.gpu_packed import round_up
 from kernels_pallas.gpu_tile import MULTIPROCESSORS, RESERVED_BYTES, SHARED_BYTES
 
@@ -60,6 +61,12 @@ def why_not(a: Question) -> str:
     reason = _reason(a)
     other = "blocked" if any(isinstance(x, CodedSlots) for x in (a.k, a.v)) else "reference"
     return f"{reason}; use implementation={other!r}" if reason else ""
+
+
+def unfit(a: Question) -> str:
+    """Why the kernel is not chosen unasked though it takes this, in one sentence; empty where it is."""
+    del a
+    return no_hopper()
 
 
 def _reason(a: Question) -> str:

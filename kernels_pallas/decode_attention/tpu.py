@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effjax.ops.attention_blocks import Question, slots_shape
+from effjax.ops.coded_slots import CodedSlots
+from kernels_pallas.decode_attention import tpu_paged
 from kernels_pallas.decode_attention.tpu_slots import (
     Held,
     Operand,
@@ -33,7 +35,7 @@ from kernels_pallas.frame import simulator
 from kernels_pallas.words import LANES, round_up
 
 BLOCK_BYTES = 2**19  # keys and values a step: what hides the time that a step takes by itself
-MOST_BLOCK, MOST_PIECES = 2048, 16
+MOST_BLOCK, MOST_PIECES = 2048, 4
 VECTOR_MEMORY = 32 * 2**20  # of a step, at most
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
@@ -51,6 +53,14 @@ def why_not(a: Question) -> str:
     return f"{reason}; use implementation='blocked'" if reason else ""
 
 
+def unfit(a: Question) -> str:
+    """Why the kernel is not chosen unasked though it takes this, in one sentence; empty where it is."""
+    head_dim = a.q.shape[-1]
+    if _dense_pages(a) and head_dim % LANES:
+        return f"pages {head_dim} wide do not fill a TPU's 128 lanes, and would be copied into such as do at every step"
+    return ""
+
+
 def _reason(a: Question) -> str:
     if jnp.dtype(a.q.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"queries in {jnp.dtype(a.q.dtype).name}: a TPU multiplies bfloat16 and float32"
@@ -58,16 +68,25 @@ def _reason(a: Question) -> str:
         if reason := why_not_slots(x, role, a.q.dtype):
             return reason
         multiple = slots_multiple(x, paged=True)
-        if a.table is not None and slots_shape(x)[2] % multiple:
+        if a.table is not None and not _dense_pages(a) and slots_shape(x)[2] % multiple:
             return f"pages of {slots_shape(x)[2]} slots: {role} so held need a multiple of {multiple}"
+    if _dense_pages(a) and (reason := tpu_paged.why_not(a)):
+        return reason
     if (need := vmem_bytes(a, choose_block(a))) > VECTOR_MEMORY:
         return f"{a.slots} slots take {need >> 20} MiB of vector memory; the kernel has {VECTOR_MEMORY >> 20}"
     return ""
 
 
+def _dense_pages(a: Question) -> bool:
+    """Whether a kernel of its own copies the pages; those of codes are blocks of this one, several a step."""
+    return a.table is not None and not isinstance(a.k, CodedSlots) and not isinstance(a.v, CodedSlots)
+
+
 def choose_block(a: Question) -> int:
     """Slots a step: of a paged cache whole pages."""
     size = slots_shape(a.k)[2]
+    if _dense_pages(a):
+        return size * tpu_paged.choose_pieces(a)
     wanted = min(MOST_BLOCK, BLOCK_BYTES // (slot_bytes(a.k) + slot_bytes(a.v)))
     if a.table is not None:
         return size * max(1, min(MOST_PIECES, wanted // size, a.table.shape[1]))
@@ -76,6 +95,8 @@ def choose_block(a: Question) -> int:
 
 def vmem_bytes(a: Question, block: int) -> int:
     """Vector memory of a step: each block twice, as the next one is on its way, what it is unpacked to, and logits."""
+    if _dense_pages(a):
+        return tpu_paged.vmem_bytes(a, block // a.k.shape[2])
     _, _, group, head_dim = a.q.shape
     rows, wide = padded_rows(group), round_up(head_dim, LANES)
     blocks = pl.cdiv(a.slots, block)
@@ -111,6 +132,8 @@ def decode_attention(
     batch, heads, group, head_dim = a.q.shape
     size = slots_shape(a.k)[2]
     block = choose_block(a) if block is None else block
+    if _dense_pages(a):
+        return tpu_paged.paged_attention(a, pieces=block // size, interpret=interpret)
     pieces = 1 if a.table is None else block // size
     steps = pl.cdiv(a.slots, block)
     rows = padded_rows(group)

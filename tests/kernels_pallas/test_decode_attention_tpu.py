@@ -124,7 +124,7 @@ def test_a_block_is_a_step_worth_its_overhead():
     """Half a megabyte of keys and values, not more than the cache, whole pages."""
     assert choose_block(operands(random_case(1, 1, slots=8192, head_dim=128, dtype="bfloat16"))) == 1024
     assert choose_block(operands(random_case(1, 1, slots=130, head_dim=128))) == 256
-    assert choose_block(operands(random_case(1, 1, slots=480, page=16, head_dim=128))) == 16 * 16
+    assert choose_block(operands(random_case(1, 4, slots=960, page=16, head_dim=128))) == 16 * 16
     assert choose_block(operands(random_case(1, 1, slots=4096, page=2048, head_dim=128))) == 2048
 
 
@@ -142,7 +142,7 @@ def test_what_is_refused_says_why():
     )
     assert "keys coded by PerChannel(bits=3): whole codes must fill a byte" in reason(keys="channel-3")
     assert "values coded by PerChannel(bits=4): the kernel takes PerToken and CQ" in reason(values="channel-4")
-    assert "pages of 4 slots: keys so held need a multiple of 8" in reason(slots=16, page=4)
+    assert "pages of 4 slots: float32 fills registers of 8" in reason(slots=16, page=4)
     assert "pages of 64 slots: values so held need a multiple of 128" in reason(slots=128, page=64, values="token-4")
     with pytest.raises(ConfigError, match="implementation='tpu' does not take this: queries in float16"):
         random_case(dtype="float16").answer("tpu")

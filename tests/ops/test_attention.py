@@ -74,7 +74,7 @@ def question(case, asked=True):
         start=case.start,
         length=case.length,
         asked=case.asked if asked else None,
-        table=None,
+        table=case.table,
         scale=0.25,
     )
 
@@ -114,6 +114,23 @@ def test_what_is_chosen_for_a_cpu():
     assert chosen(slots=512) == "either"
     assert chosen(slots=500) == chosen(slots=512, dtype="bfloat16") == "reference"
     assert chosen(slots=64, keys="channel-4") == chosen(slots=64, values="cq-8-8") == "blocked"
+
+
+def test_what_is_chosen_for_accelerators(monkeypatch):
+    def chosen(platform, **shape):
+        return choose(platform, question(random_case(**shape)))
+
+    assert chosen("tpu") == chosen("tpu", keys="channel-4", values="cq-8-8") == "tpu"
+    assert chosen("tpu", dtype="float16") == "reference"
+    assert chosen("tpu", keys="channel-3") == "blocked"
+    assert chosen("tpu", head_dim=128, slots=64, page=16) == "tpu"
+    assert chosen("tpu", head_dim=64, slots=64, page=16) == "reference"
+    fitting = dict(slots=64, dtype="bfloat16")
+    assert chosen("cuda", **fitting) == "reference"  # no GPU is here
+    monkeypatch.setattr("kernels_pallas.decode_attention.gpu.no_hopper", lambda: "")
+    assert chosen("cuda", **fitting) == chosen("cuda", page=16, **fitting) == "gpu"
+    assert chosen("cuda", slots=64) == "reference"
+    assert chosen("cuda", keys="channel-4", **fitting) == "blocked"
 
 
 def test_sums_are_left_out_when_nothing_is_asked():
