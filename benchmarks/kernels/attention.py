@@ -4,9 +4,9 @@
     python -m benchmarks.kernels.attention --smoke    small ones, to see that it runs
 
 Each case has several caches, more bytes than a cache of the processor holds, and one program goes through them one
-after the other, as a decoder goes through its layers. The sides take turns, and the least time of each counts. "At once"
-is the attention of `effjax.models` to all slots, decoded beforehand where they are coded. Bytes are those of the slots
-that are filled, and the limit is a copy on the device (on a CPU the STREAM triad).
+after the other, as a decoder goes through its layers. The sides take turns, and the least time of each counts. "At
+once" is the attention of `effjax.models` to all slots, decoded beforehand where they are coded. Bytes are those of the
+slots that are filled, and the limit is a copy on the device (on a CPU the STREAM triad).
 """
 
 import argparse

@@ -18,6 +18,9 @@ from jax.experimental import topologies
 
 from effjax.arrays import Codebook, NMSparse, Quantized
 from effjax.arrays.packing import packed_size
+from effjax.kv.coding import Coder
+from effjax.kv.integer import PerChannel, PerToken
+from effjax.ops import CodedSlots
 from effjax.ops.attention_blocks import Question
 from kernels_pallas.codebook_matmul.gpu import codebook_matmul
 from kernels_pallas.decode_attention.gpu import decode_attention
@@ -92,22 +95,33 @@ def cases() -> Iterator[tuple[str, object, object, int, bool]]:
 
 
 def attention_cases() -> Iterator[tuple[str, Question]]:
-    """(name, question) of four sequences of an 8B decoder, of a narrow head, and of 16-slot pages."""
+    """(name, question) of four sequences of an 8B decoder, of a narrow head, pages, and int8 codes."""
+
+    def int8() -> Iterator[Coder]:
+        yield Coder(coding=PerChannel(bits=8), tables={"low": S((8, 1, 128), half), "step": S((8, 1, 128), half)})
+        yield Coder(coding=PerToken(bits=8, head_dim=128), tables=None)
+
+    half = jnp.float16
     for name, group, head_dim, page, asked in (
         ("dense", 4, 128, None, True),
         ("dense, no sums", 4, 128, None, False),
         ("64 wide", 8, 64, None, True),
         ("pages of 16", 4, 128, 16, True),
         ("pages of 128", 4, 128, 128, True),
+        ("int8", 4, 128, None, True),
     ):
         shape = (4, 8, 4096, head_dim) if page is None else (2048, 8, page, head_dim)
-        k, place = S(shape, jnp.bfloat16), S((4, 8), jnp.int32)
+        place = S((4, 8), jnp.int32)
+        k = v = S(shape, jnp.bfloat16)
+        if name == "int8":
+            encode = functools.partial(jax.eval_shape, lambda coder, x: coder.encode(x))
+            k, v = (CodedSlots(coded=encode(coder, k), coder=coder) for coder in int8())
         yield (
             name,
             Question(
                 q=S((4, 8, group, head_dim), jnp.bfloat16),
                 k=k,
-                v=k,
+                v=v,
                 start=place,
                 length=place,
                 asked=S((4,), jnp.float32) if asked else None,

@@ -182,6 +182,9 @@ def attention() -> Iterator[tuple[str, float]]:
         ("float16, 80 wide", 1, 3, dict(slots=128, head_dim=80, group=9, dtype="float16")),
         ("pages of 16", 3, 2, dict(slots=320, head_dim=16, page=16)),
         ("pages of 128", 1, 1, dict(slots=256, head_dim=16, page=128)),
+        ("int8", 2, 2, dict(slots=192, head_dim=32, keys="channel-8", values="token-8")),
+        ("int4, pages of 64", 1, 2, dict(slots=192, head_dim=64, page=64, keys="channel-4", values="token-4")),
+        ("dense keys, int8 values", 1, 1, dict(slots=64, head_dim=32, values="token-8")),
     ):
         case = random_case(**{"dtype": "bfloat16", "window": True} | shape)
         a = question("test", case.q, case.k, case.v, case.length, case.start, case.asked, case.table, None)

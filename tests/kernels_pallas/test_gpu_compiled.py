@@ -60,8 +60,8 @@ def test_the_weight_is_read_as_it_is_stored(cases):
 def test_attention_reads_the_cache_as_it_is_stored(compiled):
     """Nothing is spilled; arguments are the cache and queries, and what is temporary shares of outputs and logits."""
     found = {line["attention"]: line for line in compiled if "attention" in line}
-    assert len(found) == 5
+    assert len(found) == 6
     for name, case in found.items():
         assert case["spilled"] == case["serialized"] == 0 and case["registers"] <= 255, case
-        assert 0 <= case["arguments"] - case["stored"] <= 8192, case
+        assert abs(case["arguments"] - case["stored"]) <= 8192, case
         assert case["temporary"] < case["stored"] / (40 if name == "dense, no sums" else 6), case

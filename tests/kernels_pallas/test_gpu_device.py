@@ -96,6 +96,25 @@ def test_attention(dtype, head_dim, slots, page):
         assert_answers(case, case.answer("gpu", asked=False), {"bfloat16": 8e-3, "float16": 1e-3}[dtype])
 
 
+@pytest.mark.parametrize(
+    ("keys", "values", "head_dim", "page"),
+    [
+        ("channel-8", "token-8", 128, None),
+        ("channel-8", "dense", 32, 16),
+        ("channel-4", "token-4", 128, None),
+        ("channel-4", "token-8", 64, 64),
+        ("channel-2", "token-2", 128, None),
+    ],
+)
+def test_attention_to_integers(keys, values, head_dim, page):
+    """Queries times the scales of channels are rounded to bf16."""
+    for slots in (128, 1984):
+        case = random_case(
+            batch=3, slots=slots, head_dim=head_dim, dtype="bfloat16", page=page, keys=keys, values=values
+        )
+        assert_answers(case, case.answer("gpu"), 1.2e-2)
+
+
 @pytest.mark.parametrize("splits", [1, 3, 40])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_attention_is_the_same_however_slots_are_shared(splits, stages):
