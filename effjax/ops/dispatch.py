@@ -136,8 +136,11 @@ def unfit(platform: str, w: CompressedArray) -> str:
     """Why the kernel of a platform is not chosen unasked, in one sentence; empty where it is."""
     if platform == "tpu" and isinstance(w, Hashed):
         return "the kernel hashes every weight again at every product: name implementation='tpu' to have it"
-    if platform != "cuda":
-        return ""
+    return no_hopper() if platform == "cuda" else ""
+
+
+def no_hopper() -> str:
+    """Why kernels for Hopper are not chosen unasked, in one sentence; empty where every GPU here is one."""
     try:
         found = [getattr(device, "compute_capability", "") for device in jax.local_devices(backend="gpu")]
     except RuntimeError:

@@ -5,6 +5,7 @@ MOSAIC_GPU_DUMP_TO=folder MOSAIC_GPU_DUMP_PTXAS=1 JAX_PLATFORMS=cpu python -m te
 XLA's CUDA plugin compiles for a described GPU; Mosaic GPU compiles its kernels on the way, with NVIDIA's assembler.
 """
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,12 @@ from jax.experimental import topologies
 
 from effjax.arrays import Codebook, NMSparse, Quantized
 from effjax.arrays.packing import packed_size
+from effjax.kv.coding import Coder
+from effjax.kv.integer import PerChannel, PerToken
+from effjax.ops import CodedSlots
+from effjax.ops.attention_blocks import Question
 from kernels_pallas.codebook_matmul.gpu import codebook_matmul
+from kernels_pallas.decode_attention.gpu import decode_attention
 from kernels_pallas.nm_matmul.gpu import nm_matmul
 from kernels_pallas.quant_matmul.gpu import quant_matmul
 
@@ -88,18 +94,48 @@ def cases() -> Iterator[tuple[str, object, object, int, bool]]:
     yield "2:4", nm_matmul, NMSparse(values=values, indices=indices, n=2, m=4, dtype=bf16), 1, False
 
 
-def assembled(kernel, w, rows: int, transpose: bool, device: jax.Device, folder: Path) -> dict[str, int]:
+def attention_cases() -> Iterator[tuple[str, Question]]:
+    """(name, question) of four sequences of an 8B decoder, of a narrow head, pages, and int8 codes."""
+
+    def int8() -> Iterator[Coder]:
+        yield Coder(coding=PerChannel(bits=8), tables={"low": S((8, 1, 128), half), "step": S((8, 1, 128), half)})
+        yield Coder(coding=PerToken(bits=8, head_dim=128), tables=None)
+
+    half = jnp.float16
+    for name, group, head_dim, page, asked in (
+        ("dense", 4, 128, None, True),
+        ("dense, no sums", 4, 128, None, False),
+        ("64 wide", 8, 64, None, True),
+        ("pages of 16", 4, 128, 16, True),
+        ("pages of 128", 4, 128, 128, True),
+        ("int8", 4, 128, None, True),
+    ):
+        shape = (4, 8, 4096, head_dim) if page is None else (2048, 8, page, head_dim)
+        place = S((4, 8), jnp.int32)
+        k = v = S(shape, jnp.bfloat16)
+        if name == "int8":
+            encode = functools.partial(jax.eval_shape, lambda coder, x: coder.encode(x))
+            k, v = (CodedSlots(coded=encode(coder, k), coder=coder) for coder in int8())
+        yield (
+            name,
+            Question(
+                q=S((4, 8, group, head_dim), jnp.bfloat16),
+                k=k,
+                v=v,
+                start=place,
+                length=place,
+                asked=S((4,), jnp.float32) if asked else None,
+                table=None if page is None else S((4, 4096 // page), jnp.int32),
+                scale=head_dim**-0.5,
+            ),
+        )
+
+
+def assembled(f, operands: tuple, device: jax.Device, folder: Path) -> dict[str, int]:
     for old in folder.iterdir():
         old.unlink()
     sharding = jax.sharding.SingleDeviceSharding(device)
-    n, out = w.shape
-
-    def product(x, w):
-        return kernel(x, w, transpose=transpose)
-
-    traced = jax.jit(product, in_shardings=sharding, out_shardings=sharding).trace(
-        S((rows, out if transpose else n), jnp.bfloat16), w
-    )
+    traced = jax.jit(f, in_shardings=sharding, out_shardings=sharding).trace(*operands)
     memory = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
     (report,) = (path.read_text() for path in folder.glob("*.ptxas"))
 
@@ -120,8 +156,17 @@ def assembled(kernel, w, rows: int, transpose: bool, device: jax.Device, folder:
 if __name__ == "__main__":
     jax.devices()  # registers the plugin's platform
     h100 = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    dumps = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+
+    def stored(leaves) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+
     for name, kernel, w, rows, transpose in cases():
-        found = assembled(kernel, w, rows, transpose, h100, Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
-        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
-        line = {"case": name, "rows": rows, "transpose": transpose, "stored": stored, **found}
+        x = S((rows, w.shape[1 if transpose else 0]), jnp.bfloat16)
+        product = functools.partial(kernel, transpose=transpose)
+        found = assembled(product, (x, w), h100, dumps)
+        line = {"case": name, "rows": rows, "transpose": transpose, "stored": stored(w), **found}
         print(json.dumps(line), flush=True)
+    for name, question in attention_cases():
+        found = assembled(decode_attention, (question,), h100, dumps)
+        print(json.dumps({"attention": name, "stored": stored(question), **found}), flush=True)

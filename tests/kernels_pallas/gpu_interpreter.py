@@ -20,11 +20,14 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state import indexing
 from jax._src.state.types import AbstractRef, TransposeTransform
 
+from effjax.ops.attention import _question as question
 from kernels_pallas.codebook_matmul import gpu as codebook_gpu
+from kernels_pallas.decode_attention import gpu as attention_gpu
 from kernels_pallas.gpu_tile import Tile
 from kernels_pallas.nm_matmul import gpu as nm_gpu
 from kernels_pallas.quant_matmul import gpu as quant_gpu
 from tests.kernels_pallas.oracles import codebook, dense, nm_sparse, quantized
+from tests.ops.attention_oracle import largest_error, random_case
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 _elementwise = Interpreter._interpret_arithmetic_primitive
@@ -172,7 +175,34 @@ def tiles() -> Iterator[tuple[str, float]]:
         yield f"{tile}", error(quant_gpu.quant_matmul, w, 20, jnp.bfloat16, transpose=transpose, tile=tile)
 
 
-GROUPS = {"quant": quant, "transposed": transposed, "codebook": codebooks, "sparse": sparse, "tiles": tiles}
+def attention() -> Iterator[tuple[str, float]]:
+    """Ragged lengths and windows in several splits, more steps than stages, pages of all sizes."""
+    for name, splits, stages, shape in (
+        ("bfloat16", 2, 2, dict(slots=512, head_dim=32)),
+        ("float16, 80 wide", 1, 3, dict(slots=128, head_dim=80, group=9, dtype="float16")),
+        ("pages of 16", 3, 2, dict(slots=320, head_dim=16, page=16)),
+        ("pages of 128", 1, 1, dict(slots=256, head_dim=16, page=128)),
+        ("int8", 2, 2, dict(slots=192, head_dim=32, keys="channel-8", values="token-8")),
+        ("int4, pages of 64", 1, 2, dict(slots=192, head_dim=64, page=64, keys="channel-4", values="token-4")),
+        ("dense keys, int8 values", 1, 1, dict(slots=64, head_dim=32, values="token-8")),
+    ):
+        case = random_case(**{"dtype": "bfloat16", "window": True} | shape)
+        a = question("test", case.q, case.k, case.v, case.length, case.start, case.asked, case.table, None)
+        tile = attention_gpu.Tile(splits=splits, stages=stages)
+        answer = jax.jit(
+            lambda a, tile=tile: attention_gpu.decode_attention(a, tile=tile, interpret=InterpretGPUParams())
+        )
+        yield name, largest_error(case, answer(a))
+
+
+GROUPS = {
+    "quant": quant,
+    "transposed": transposed,
+    "codebook": codebooks,
+    "sparse": sparse,
+    "tiles": tiles,
+    "attention": attention,
+}
 
 if __name__ == "__main__":
     extend()

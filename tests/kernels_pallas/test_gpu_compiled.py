@@ -16,7 +16,7 @@ DENSE_BYTES = 2 * 4096 * 14336
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory):
+def compiled(tmp_path_factory):
     # The package of plugins itself is missing where there is none.
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         pytest.skip("needs the extra `aot-gpu`, whose compiler works without a GPU")
@@ -31,6 +31,11 @@ def cases(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def cases(compiled):
+    return [line for line in compiled if "case" in line]
 
 
 def test_nothing_is_spilled_and_tensor_cores_do_not_wait(cases):
@@ -50,3 +55,13 @@ def test_the_weight_is_read_as_it_is_stored(cases):
         else:  # the float32 result before it is turned, and x in the kernel's order
             result = 4 * case["rows"] * (4096 if case["transpose"] else 14336)
             assert case["temporary"] <= 1.1 * (result + 2 * case["rows"] * width), case
+
+
+def test_attention_reads_the_cache_as_it_is_stored(compiled):
+    """Nothing is spilled; arguments are the cache and queries, and what is temporary shares of outputs and logits."""
+    found = {line["attention"]: line for line in compiled if "attention" in line}
+    assert len(found) == 6
+    for name, case in found.items():
+        assert case["spilled"] == case["serialized"] == 0 and case["registers"] <= 255, case
+        assert abs(case["arguments"] - case["stored"]) <= 8192, case
+        assert case["temporary"] < case["stored"] / (40 if name == "dense, no sums" else 6), case

@@ -7,9 +7,13 @@ import pytest
 import kernels_pallas.codebook_matmul.gpu as codebook_gpu
 import kernels_pallas.nm_matmul.gpu as nm_gpu
 import kernels_pallas.quant_matmul.gpu as quant_gpu
+from effjax.ops.attention import _question as question
+from kernels_pallas.decode_attention.gpu import Tile as Shares
+from kernels_pallas.decode_attention.gpu import decode_attention
 from kernels_pallas.gpu_tile import Tile
 from tests.kernels_pallas.gpu_interpreter import error
 from tests.kernels_pallas.oracles import codebook, nm_sparse, quantized
+from tests.ops.attention_oracle import assert_answers, random_case
 
 pytestmark = pytest.mark.gpu
 
@@ -77,3 +81,44 @@ def test_sparse(n, m, transpose):
     w = nm_sparse(1000, 330, n=n, m=m, dtype=jnp.bfloat16)
     for rows in ROWS:
         assert_close(nm_gpu.nm_matmul, w, rows, jnp.float32, transpose=transpose)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize(("slots", "page"), [(2000, None), (1024, 16), (1024, 64), (1024, 256)])
+def test_attention(dtype, head_dim, slots, page):
+    """Also the blocks that reach behind the last slot, which the hardware fills with zeros."""
+    for group in (1, 4, 9):
+        case = random_case(
+            batch=4, group=group, slots=slots, head_dim=head_dim, dtype=dtype, page=page, window=group == 4
+        )
+        assert_answers(case, case.answer("gpu"), {"bfloat16": 8e-3, "float16": 1e-3}[dtype])
+        assert_answers(case, case.answer("gpu", asked=False), {"bfloat16": 8e-3, "float16": 1e-3}[dtype])
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "head_dim", "page"),
+    [
+        ("channel-8", "token-8", 128, None),
+        ("channel-8", "dense", 32, 16),
+        ("channel-4", "token-4", 128, None),
+        ("channel-4", "token-8", 64, 64),
+        ("channel-2", "token-2", 128, None),
+    ],
+)
+def test_attention_to_integers(keys, values, head_dim, page):
+    """Queries times the scales of channels are rounded to bf16."""
+    for slots in (128, 1984):
+        case = random_case(
+            batch=3, slots=slots, head_dim=head_dim, dtype="bfloat16", page=page, keys=keys, values=values
+        )
+        assert_answers(case, case.answer("gpu"), 1.2e-2)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 40])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_attention_is_the_same_however_slots_are_shared(splits, stages):
+    case = random_case(batch=3, slots=1536, head_dim=64, dtype="bfloat16")
+    a = question("test", case.q, case.k, case.v, case.length, case.start, case.asked, None, None)
+    tile = Shares(splits=splits, stages=stages)
+    assert_answers(case, jax.jit(lambda a: decode_attention(a, tile=tile))(a), 8e-3)
