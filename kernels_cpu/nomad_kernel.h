@@ -58,7 +58,11 @@ struct Nomad {
 #pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) table[h] = S::Load(tables + h * size + s * kEntries);
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b) bytes[b] = S::Load(codes + b * size + s * kBlockBytes);
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint8_t* at = codes + b * size + s * kBlockBytes;
+        bytes[b] = S::Load(at);
+        __builtin_prefetch(at + kBlocks * size);  // the same of the next blocks: streams are too short to be foreseen
+      }
       add(table, bytes);
     }
     if (s < subs) {  // lanes that are not there look up zeros
