@@ -71,32 +71,35 @@ ffi::Error NomadAttend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffe
                        ffi::Buffer<ffi::F32> books, ffi::Buffer<ffi::PRED> seen, int64_t received, int64_t variant,
                        ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> scratch) {
   AttendProblem p = {};
-  if (q.dimensions().size() != 3 || codes.dimensions().size() != 4 || values.dimensions().size() != 3 ||
+  if (q.dimensions().size() != 4 || codes.dimensions().size() != 5 || values.dimensions().size() != 4 ||
       books.dimensions().size() != 4) {
-    return Bad("q and values must have three axes, codes and books four");
+    return Bad("q, values and books must have four axes, codes five");
   }
-  p.rows = q.dimensions()[0];
-  p.group = q.dimensions()[1];
-  p.head_dim = q.dimensions()[2];
-  p.kv_heads = books.dimensions()[0];
+  const int64_t batch = q.dimensions()[0];
+  p.kv_heads = q.dimensions()[1];
+  p.rows = batch * p.kv_heads;
+  p.group = q.dimensions()[2];
+  p.head_dim = q.dimensions()[3];
   p.subs = books.dimensions()[1];
   p.d_sub = books.dimensions()[3];
-  p.blocks = codes.dimensions()[1];
-  p.slots = values.dimensions()[1];
-  p.value_dim = values.dimensions()[2];
+  p.blocks = codes.dimensions()[2];
+  p.slots = values.dimensions()[2];
+  p.value_dim = values.dimensions()[3];
   p.received = received != 0;
   p.out_stride = p.group * p.value_dim + (p.received ? p.slots : 0);
   if (p.subs > kMostSubs) return Bad("sums of 16 bits hold 257 sub-quantizers, found " + std::to_string(p.subs));
   if (p.d_sub != 1 && p.d_sub != 2 && p.d_sub != 4) return Bad("d_sub must be 1, 2 or 4, found " + std::to_string(p.d_sub));
   if (p.head_dim != p.subs * p.d_sub || p.slots > p.blocks * kBlockKeys ||
-      (p.rows > 0 && (p.kv_heads == 0 || p.rows % p.kv_heads != 0)) ||
       !Is(books.dimensions(), {p.kv_heads, p.subs, kEntries, p.d_sub}) ||
-      !Is(codes.dimensions(), {p.rows, p.blocks, p.subs, kBlockBytes}) ||
-      !Is(recent.dimensions(), {p.rows, kBlockKeys, p.head_dim}) || values.dimensions()[0] != p.rows ||
-      !Is(lengths.dimensions(), {p.rows}) || !Is(out->dimensions(), {p.rows, p.out_stride})) {
+      !Is(codes.dimensions(), {batch, p.kv_heads, p.blocks, p.subs, kBlockBytes}) ||
+      !Is(recent.dimensions(), {batch, p.kv_heads, kBlockKeys, p.head_dim}) ||
+      !Is(values.dimensions(), {batch, p.kv_heads, p.slots, p.value_dim}) ||
+      !Is(lengths.dimensions(), {batch, p.kv_heads}) || !Is(out->dimensions(), {batch, p.kv_heads, p.out_stride})) {
     return Bad("q, codes, recent keys, values, lengths, books and the result do not fit together");
   }
-  if (seen.element_count() != 0 && !Is(seen.dimensions(), {p.rows, p.slots})) return Bad("seen must be one a row and slot");
+  if (seen.element_count() != 0 && !Is(seen.dimensions(), {batch, p.kv_heads, p.slots})) {
+    return Bad("seen must be one a row and slot");
+  }
   switch (values.element_type()) {
     case ffi::DataType::F32: p.value_type = kValueFloat32; break;
     case ffi::DataType::F16: p.value_type = kValueFloat16; break;

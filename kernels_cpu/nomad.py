@@ -83,27 +83,29 @@ def attend(
         ValueError: the variant is unknown or does not run here, or there is no native library.
     """
     _check_variant("nomad.attend", variant)
-    batch, kv_heads, group, head_dim = q.shape
+    batch, kv_heads, group, _ = q.shape
     slots, width = v.shape[-2:]
-    rows, subs = batch * kv_heads, codes.shape[-2]
     out = group * width + (slots if with_received else 0)
+    scratch = batch * kv_heads * scratch_floats(group, codes.shape[-2], slots, with_received)
     results = (
-        jax.ShapeDtypeStruct((rows, out), jnp.float32),
-        jax.ShapeDtypeStruct((rows * scratch_floats(group, subs, slots, with_received),), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, out), jnp.float32),
+        jax.ShapeDtypeStruct((scratch,), jnp.float32),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxNomadAttend"), results, vmap_method="sequential")
+    # Arrays go in as they are: a reshape between the write of a step and the kernel would make XLA write twice, into
+    # two copies of the whole array.
     y, _ = call(
-        q.reshape(rows, group, head_dim),
-        codes.reshape(rows, *codes.shape[2:]),
-        recent.reshape(rows, *recent.shape[2:]),
-        v.reshape(rows, slots, width),
-        lengths.reshape(rows),
+        q,
+        codes,
+        recent,
+        v,
+        lengths,
         books,
-        seen.reshape(0, 0) if seen.ndim == 1 else seen.reshape(rows, slots),
+        seen,
         received=np.int64(with_received),
         variant=np.int64(variants.VARIANTS[variant]),
     )
-    return y.reshape(batch, kv_heads, out)
+    return y
 
 
 def scratch_floats(group: int, subs: int, slots: int, with_received: bool) -> int:

@@ -83,9 +83,7 @@ class NoMAD:
                 shapes differ.
         """
         check_subs(k.shape[-1], self.d_sub)
-        method = CQ(
-            channels=self.d_sub, bits=4, fisher=self.fisher, iterations=self.iterations, table_dtype="float32"
-        )
+        method = CQ(channels=self.d_sub, bits=4, fisher=self.fisher, iterations=self.iterations, table_dtype="float32")
         return method.learn(k, grads, key=key)
 
 
@@ -139,9 +137,7 @@ def decode(codes: Codes, books: Codebooks) -> Float[Array, "*L kv_heads slots he
     return found.reshape(*found.shape[:-2], -1)
 
 
-def nearest(
-    k: Float[Array, "*L kv_heads slots head_dim"], books: Codebooks
-) -> UInt8[Array, "*L kv_heads slots subs"]:
+def nearest(k: Float[Array, "*L kv_heads slots head_dim"], books: Codebooks) -> UInt8[Array, "*L kv_heads slots subs"]:
     """The first of the nearest centres of every run, by squared differences in float32."""
     subs, d_sub = books.shape[1], books.shape[3]
     k = k.astype(jnp.float32).reshape(*k.shape[:-1], subs, d_sub)

@@ -70,9 +70,7 @@ def code_keys(k: Float[Array, "batch kv_heads slots head_dim"], lengths: Lengths
     return NomadKeys(codes=codes, recent=recent)
 
 
-def append_key(
-    keys: NomadKeys, k: Float[Array, "batch kv_heads head_dim"], at: Lengths, books: Codebooks
-) -> NomadKeys:
+def append_key(keys: NomadKeys, k: Float[Array, "batch kv_heads head_dim"], at: Lengths, books: Codebooks) -> NomadKeys:
     """Writes one key a row and head into slot `at`, the next free one; where there is no such slot, nothing is written.
 
     The cost does not depend on the length. Give the arrays away (`donate_argnums`, or the carry of a loop), or they are
@@ -163,10 +161,8 @@ def nomad_attention(
     return y, found[..., group * width :] if with_received else None
 
 
-def decoded_keys(
-    keys: NomadKeys, lengths: Lengths, books: Codebooks
-) -> Float[Array, "batch kv_heads slots head_dim"]:
-    """The keys that `nomad_attention` works with, but for the 8 bits of its tables: centres, and the exact last keys."""
+def decoded_keys(keys: NomadKeys, lengths: Lengths, books: Codebooks) -> Float[Array, "batch kv_heads slots head_dim"]:
+    """The keys that `nomad_attention` works with, but for its 8-bit tables: centres, and the exact last keys."""
     slot = jax.lax.broadcasted_iota(jnp.int32, (*lengths.shape, keys.slots), 2)
     exact = jnp.tile(keys.recent.astype(jnp.float32), (1, 1, keys.slots // BLOCK, 1))
     partial = slot >= (lengths // BLOCK * BLOCK)[..., None]

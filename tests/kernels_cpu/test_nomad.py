@@ -152,11 +152,11 @@ def test_the_handlers_themselves_refuse_wrong_shapes():
         (q, codes, recent, _, lengths, books), _ = problem(
             batch=1, heads=1, group=1, head_dim=4, d_sub=2, slots=40, width=3
         )
-        results = (jax.ShapeDtypeStruct((1, 3), jnp.float32), jax.ShapeDtypeStruct((scratch,), jnp.float32))
+        results = (jax.ShapeDtypeStruct((1, 1, 3), jnp.float32), jax.ShapeDtypeStruct((scratch,), jnp.float32))
         call = jax.ffi.ffi_call(NATIVE.target("EffjaxNomadAttend"), results)
-        mask, v = jnp.zeros((0, 0), bool), jnp.zeros((1, slots, 3))
+        mask, v = jnp.zeros((0,), bool), jnp.zeros((1, 1, slots, 3))
         flags = {"received": np.int64(0), "variant": np.int64(0)}
-        return jax.block_until_ready(call(q[0], codes[0], recent[0], v, lengths[0], books, mask, **flags))
+        return jax.block_until_ready(call(q, codes, recent, v, lengths, books, mask, **flags))
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="scratch buffer is too small"):
         attend(10, 40)

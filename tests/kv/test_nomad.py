@@ -31,12 +31,12 @@ def nibble(codes, slot, sub):
     return byte >> 4 if place >= 16 else byte & 15
 
 
-# ---- learning ----------------------------------------------------------------------------------------------------------
+# ---- learning --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("d_sub", "low", "high"), [(1, 0.0085, 0.0115), (2, 0.105, 0.125), (4, 0.32, 0.37)])
 def test_errors_of_normal_keys_are_those_of_theory(d_sub, low, high):
-    """Sixteen levels of Lloyd and Max leave 0.0095 of the variance of a number, 0.11 to 0.12 of pairs, a third of fours."""
+    """Sixteen levels of Lloyd and Max leave 0.0095 of the variance; 0.11 to 0.12 for pairs, a third for fours."""
     keys = normal(1, 12_000, 4, seed=d_sub)
     books = NoMAD(d_sub=d_sub, iterations=60).learn(jnp.asarray(keys), key=jax.random.key(d_sub))
     assert books.shape == (1, 4 // d_sub, 16, d_sub) and books.dtype == jnp.float32
@@ -57,7 +57,7 @@ def test_fisher_weights_move_centres_to_where_the_loss_feels_them():
     assert errors[True] < 0.8 * errors[False]
 
 
-# ---- codes -------------------------------------------------------------------------------------------------------------
+# ---- codes -----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=5)
@@ -89,7 +89,7 @@ def test_a_centre_is_coded_as_itself():
     np.testing.assert_array_equal(back, keys)
 
 
-# ---- tables and sums ---------------------------------------------------------------------------------------------------
+# ---- tables and sums -------------------------------------------------------------------------------------------------
 
 
 def test_the_worked_check_of_the_integer_path():
@@ -139,7 +139,7 @@ def test_a_query_of_zeros_looks_up_zeros():
     assert not np.asarray(tables.table).any() and float(tables.scale[0, 0]) == 1.0 and float(tables.bias[0, 0]) == 0.0
 
 
-# ---- attention ---------------------------------------------------------------------------------------------------------
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def case(*, d_sub, batch=2, heads=2, group=3, head_dim=12, slots=70, width=5, seed=0):
@@ -259,7 +259,7 @@ def test_other_platforms_get_plain_jax():
     assert "Effjax" not in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,10 @@ def test_other_platforms_get_plain_jax():
         (lambda: NoMAD(d_sub=4).learn(jnp.zeros((1, 5, 6))), r"d_sub=4 does not divide head_dim 6; choose .* \[1, 2\]"),
         (lambda: NoMAD().learn(jnp.zeros((1, 5, 300))), "300 sub-quantizers, and sums of 16 bits hold 257"),
         (lambda: NoMAD(fisher=True).learn(jnp.zeros((1, 5, 4))), "needs the gradients"),
-        (lambda: nomad.encode(jnp.zeros((2, 5, 4)), jnp.zeros((1, 4, 16, 1))), r"need codebooks \[2, 4, 16, 1\], found"),
+        (
+            lambda: nomad.encode(jnp.zeros((2, 5, 4)), jnp.zeros((1, 4, 16, 1))),
+            r"need codebooks \[2, 4, 16, 1\], found",
+        ),
         (
             lambda: nomad.lookup_sums(jnp.zeros((1, 1, 258, 16), jnp.uint8), jnp.zeros((1, 1, 258, 16), jnp.uint8)),
             "sums of 16 bits hold 257",
