@@ -8,7 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
-from effjax.kv.nomad import BLOCK, BYTES, Codebooks, check_books, decode, encode, lookup_sums, nearest, query_table
+from effjax.kv.nomad import (
+    BLOCK,
+    BYTES,
+    Codebooks,
+    check_books,
+    decode,
+    encode,
+    from_blocks,
+    lookup_sums,
+    nearest,
+    query_table,
+    to_blocks,
+)
 from effjax.ops.platform import platform_operation
 from kernels_cpu import nomad as native
 from kernels_cpu._native import NATIVE
@@ -98,6 +110,39 @@ def append_key(keys: NomadKeys, k: Float[Array, "batch kv_heads head_dim"], at: 
         codes=keys.codes.at[row, head, block].set(new, mode="drop"),
         recent=keys.recent.at[row, head, keep].set(k.astype(keys.recent.dtype), mode="drop"),
     )
+
+
+def take_keys(
+    keys: NomadKeys,
+    slots: Int[Array, "batch kv_heads kept"],
+    lengths: Lengths,
+    kept: Lengths,
+    books: Codebooks,
+) -> NomadKeys:
+    """The keys in these slots, moved together, as eviction leaves them.
+
+    A key that was coded and comes into the last block, which is not full, becomes its centre: it is kept no more.
+
+    Args:
+        keys: filled up to `lengths`.
+        slots: where each row and head takes its keys from, in the order in which they will lie; any slot beyond the
+            first `kept`.
+        lengths: filled slots before.
+        kept: filled slots after.
+        books: of this layer.
+
+    Raises:
+        ConfigError: the codebooks are others'.
+    """
+    check_books(keys.recent.shape[-1], keys.recent.shape[1], books)
+    codes = jnp.take_along_axis(from_blocks(keys.codes), slots[..., None], axis=2)
+    step = jax.lax.broadcasted_iota(jnp.int32, (*kept.shape, BLOCK), 2)
+    last = jnp.minimum((kept // BLOCK * BLOCK)[..., None] + step, slots.shape[-1] - 1)
+    origin = jnp.take_along_axis(slots, last, axis=2)[..., None]
+    centres = decode(to_blocks(jnp.take_along_axis(codes, last[..., None], axis=2)), books)
+    exact = jnp.take_along_axis(keys.recent, origin % BLOCK, axis=2)
+    recent = jnp.where(origin >= (lengths // BLOCK * BLOCK)[..., None, None], exact, centres.astype(exact.dtype))
+    return NomadKeys(codes=to_blocks(codes), recent=recent)
 
 
 def nomad_attention(

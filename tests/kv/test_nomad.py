@@ -16,7 +16,7 @@ from effjax.kv.nomad_attention import NomadKeys, init_keys
 encode, decode, from_blocks, to_blocks = map(jax.jit, (nomad.encode, nomad.decode, nomad.from_blocks, nomad.to_blocks))
 query_table, lookup_sums, lookup_logits = map(jax.jit, (nomad.query_table, nomad.lookup_sums, nomad.lookup_logits))
 code_keys, append_key = map(jax.jit, (nomad_attention.code_keys, nomad_attention.append_key))
-decoded_keys = jax.jit(nomad_attention.decoded_keys)
+decoded_keys, take_keys = map(jax.jit, (nomad_attention.decoded_keys, nomad_attention.take_keys))
 attention = jax.jit(nomad_attention.nomad_attention, static_argnames=("with_received", "implementation"))
 
 
@@ -228,6 +228,28 @@ def test_key_by_key_as_all_at_once():
     )
     exact = np.asarray(decoded_keys(keys, ends, c["books"]))[0, 0, 64:80]
     np.testing.assert_array_equal(exact, c["k"][0, 0, 64:80])
+
+
+def test_keys_that_eviction_leaves():
+    """They decode as before; only what lies in the last block and was exact stays exact."""
+    c = case(d_sub=4)
+    lengths, kept = np.array([[70, 40], [64, 33]], np.int32), np.array([[40, 33], [33, 32]], np.int32)
+    keys = code_keys(c["k"], lengths, c["books"])
+    rng = np.random.default_rng(5)
+    slots = np.zeros((2, 2, 48), np.int32)
+    for row, head in np.ndindex(2, 2):
+        chosen = rng.permutation(lengths[row, head])[: kept[row, head]]
+        slots[row, head, : len(chosen)] = np.sort(chosen)
+    before, after = (
+        np.asarray(decoded_keys(keys, lengths, c["books"])),
+        np.asarray(decoded_keys(take_keys(keys, slots, lengths, kept, c["books"]), kept, c["books"])),
+    )
+    centres = np.asarray(decode(keys.codes, c["books"]))
+    for row, head in np.ndindex(2, 2):
+        end, whole = kept[row, head], kept[row, head] // 32 * 32
+        chosen = slots[row, head]
+        np.testing.assert_array_equal(after[row, head, :whole], centres[row, head, chosen[:whole]])
+        np.testing.assert_array_equal(after[row, head, whole:end], before[row, head, chosen[whole:end]])
 
 
 def test_16_bit_queries_and_values():
