@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32, Integer, Key, UInt8
 
 from effjax.errors import ConfigError
 from effjax.kv.checks import check_whole
+from effjax.kv.coding import check_calibration
 from effjax.kv.cq import CQ
 from effjax.ops.platform import platform_operation
 from kernels_cpu import nomad as native
@@ -34,7 +35,7 @@ class NoMAD:
     Attributes:
         d_sub: channels that share a code: 1, 2 or 4; must divide head_dim.
         iterations: of k-means at most (the authors' program takes 32 to 100).
-        fisher: weighs tokens by the squared gradient of the loss, as `CQ` does; the paper's choice for wide runs.
+        fisher: moves every centre to the mean of its members weighted by the Fisher diagonal, number by number.
 
     Raises:
         ConfigError: a field is out of range.
@@ -82,9 +83,39 @@ class NoMAD:
             ConfigError: `d_sub` does not divide head_dim, there are more than 257 runs, gradients are missing, or
                 shapes differ.
         """
+        check_calibration(self, k, grads, need_grads=self.fisher)
         check_subs(k.shape[-1], self.d_sub)
-        method = CQ(channels=self.d_sub, bits=4, fisher=self.fisher, iterations=self.iterations, table_dtype="float32")
-        return method.learn(k, grads, key=key)
+        plain = CQ(channels=self.d_sub, bits=4, fisher=False, iterations=self.iterations, table_dtype="float32")
+        books = plain.learn(k, key=key)
+        return fisher_means(k, grads, books) if self.fisher and grads is not None else books
+
+
+@jax.jit
+def fisher_means(
+    k: Float[Array, "kv_heads tokens head_dim"], grads: Float[Array, "kv_heads tokens head_dim"], books: Codebooks
+) -> Codebooks:
+    """The centres that lose least under the Fisher diagonal while their members stay: `sum g^2 k / sum g^2` each.
+
+    Members are those of `encode`, so that what the weights move is what a code stands for. Steps that weigh the members
+    too (`CQ`'s Fisher, or many of these) fit the few tokens that carry most of the gradient.
+    """
+    heads, subs, entries, d_sub = books.shape
+
+    def runs(x: Array) -> Array:
+        return x.astype(jnp.float32).reshape(heads, -1, subs, d_sub).swapaxes(1, 2).reshape(heads * subs, -1, d_sub)
+
+    def one(run: tuple[Array, Array, Array, Array]) -> Array:
+        points, slopes, codes, book = run
+        # The largest gradient is taken out first: squares of what a loss of thousands of tokens gives may underflow.
+        weights = jnp.square(slopes / jnp.maximum(jnp.max(jnp.abs(slopes)), _LEAST_SPAN))
+        weights = weights + 1e-3 * jnp.mean(weights)  # no member is nothing
+        members = jax.nn.one_hot(codes, entries, axis=0)
+        mass = jnp.dot(members, weights, precision="highest")
+        sums = jnp.dot(members, weights * points, precision="highest")
+        return jnp.where(mass > 0, sums / jnp.where(mass > 0, mass, 1.0), book)
+
+    codes = nearest(k, books).swapaxes(1, 2).reshape(heads * subs, -1)
+    return jax.lax.map(one, (runs(k), runs(grads), codes, books.reshape(-1, entries, d_sub))).reshape(books.shape)
 
 
 def check_subs(head_dim: int, d_sub: int) -> int:

@@ -45,16 +45,28 @@ def test_errors_of_normal_keys_are_those_of_theory(d_sub, low, high):
     assert low < left < high
 
 
-def test_fisher_weights_move_centres_to_where_the_loss_feels_them():
-    keys = normal(1, 4000, 4)
-    felt = keys[..., :1] > 0.5
-    grads = np.where(felt, 1.0, 1e-3).astype(np.float32) * np.ones_like(keys)
-    errors = {}
-    for fisher in (False, True):
-        books = NoMAD(d_sub=4, iterations=15, fisher=fisher).learn(keys, grads, key=jax.random.key(0))
-        away = np.square(np.asarray(decode(encode(keys, books), books)) - keys)
-        errors[fisher] = (away * felt).sum() / felt.sum()
-    assert errors[True] < 0.8 * errors[False]
+def test_fisher_moves_centres_to_the_weighted_means_of_their_members():
+    keys, grads = normal(2, 900, 8), 1e-25 * normal(2, 900, 8, seed=1) ** 3
+    plain = NoMAD(d_sub=4, iterations=9).learn(jnp.asarray(keys), key=jax.random.key(0))
+    fisher = NoMAD(d_sub=4, iterations=9, fisher=True).learn(
+        jnp.asarray(keys), jnp.asarray(grads), key=jax.random.key(0)
+    )
+    codes, squares = np.asarray(from_blocks(encode(keys, plain))), np.square(grads.astype(np.float64))
+    for head, sub, entry in np.ndindex(2, 2, 16):
+        here, run = codes[head, :900, sub] == entry, slice(4 * sub, 4 * sub + 4)
+        least = 1e-3 * squares[head, :, run].mean()
+        weights = squares[head, here, run] + least
+        mean = (weights * keys[head, here, run]).sum(0) / weights.sum(0)
+        np.testing.assert_allclose(fisher[head, sub, entry], mean, rtol=2e-4, atol=2e-5)
+
+
+def test_without_any_gradient_centres_stay():
+    keys = jnp.asarray(normal(1, 500, 4))
+    found = [
+        NoMAD(d_sub=2, iterations=40, fisher=fisher).learn(keys, jnp.zeros_like(keys), key=jax.random.key(0))
+        for fisher in (False, True)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 # ---- codes -----------------------------------------------------------------------------------------------------------
