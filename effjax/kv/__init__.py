@@ -12,6 +12,7 @@ from effjax.kv.integer import IntKV
 from effjax.kv.kivi import KIVI
 from effjax.kv.kvquant import KVQuant
 from effjax.kv.method import EvictionMethod
+from effjax.kv.nomad import NoMAD
 from effjax.kv.persistence import layer_budgets, persistence
 from effjax.kv.scissorhands import Scissorhands
 from effjax.kv.sink_window import SinkWindow
@@ -33,6 +34,7 @@ __all__ = [
     "KVCache",
     "KVCoders",
     "KVQuant",
+    "NoMAD",
     "PyramidKV",
     "Scissorhands",
     "SinkWindow",
