@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-BATCH = 8
+BATCH = 64
 
 
 def read(model: Any, tokens: torch.Tensor, prompt: int, press: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.arrays.base import nbytes
 from effjax.errors import ConfigError
-from effjax.kv.coded_slots import CodedSlots, change_slots, empty_slots
+from effjax.kv.coded_vectors import CodedVectors, change_slots, empty_slots
 from effjax.kv.coders import KVCoders, check_layers
 from effjax.kv.coding import Coder
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
@@ -33,7 +33,7 @@ class KVCache:
 
     Attributes:
         k: keys, already rotated, `[layers, batch, kv_heads, slots, head_dim]`, or a tuple of `layers` arrays without
-            the first axis, or of `effjax.kv.coded_slots.CodedSlots` where they are held as codes.
+            the first axis, or of `effjax.kv.coded_vectors.CodedVectors` where they are held as codes.
         v: values, like `k`.
         positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
         scores: float32, like `positions`: what each token has received so far, summed over queries and the query heads
@@ -80,7 +80,7 @@ class KVCache:
     @property
     def is_coded(self) -> bool:
         """Whether keys or values of a layer are held as codes."""
-        return self.is_split and any(isinstance(held, CodedSlots) for held in (*self.k, *self.v))
+        return self.is_split and any(isinstance(held, CodedVectors) for held in (*self.k, *self.v))
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +120,7 @@ def init_cache(
 
     Raises:
         ConfigError: a size below 1, not one number of slots a layer; or coders of other layers, without frequencies,
-            with exact first tokens, or of a coding that cannot be held (`effjax.kv.coded_slots.empty_slots`).
+            with exact first tokens, or of a coding that cannot be held (`effjax.kv.coded_vectors.empty_slots`).
 
     Example:
         >>> cache = init_cache(layers=2, batch=1, kv_heads=2, slots=16, head_dim=8)

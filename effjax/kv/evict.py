@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, join_layers, of_layers, one_layer, slots_of_layers
-from effjax.kv.coded_slots import change_slots
+from effjax.kv.coded_vectors import change_slots
 from effjax.kv.method import EvictionMethod
 
 

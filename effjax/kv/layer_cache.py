@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.kv.cache import KVCache
-from effjax.kv.coded_slots import CodedSlots, read_slots, write_slots
+from effjax.kv.coded_vectors import CodedVectors, read_slots, write_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 
 
@@ -22,6 +22,7 @@ class LayerCache:
         k, v: `[batch, kv_heads, slots, head_dim]`, or codes.
         positions: int32 `[batch, kv_heads, slots]`, those of the new tokens included.
         targets: int32 `[batch, kv_heads, length]`, the slot of each new token; `slots` for one that is not kept.
+        length: int32 `[batch, kv_heads]`, filled slots, those of the new tokens included.
         received: float32 `[batch, kv_heads, slots]`, what the new tokens gave; None before.
         importance: as of the whole cache.
     """
@@ -30,6 +31,7 @@ class LayerCache:
     v: Any
     positions: Any
     targets: Any
+    length: Any
     received: Any = None
     importance: Importance = dataclasses.field(default=ATTENTION_RECEIVED, metadata={"static": True})
 
@@ -45,7 +47,7 @@ class LayerCache:
             jax.lax.broadcasted_iota(jnp.int32, self.targets.shape, 1),
             self.targets,
         )
-        turns = isinstance(self.k, CodedSlots) and self.k.frequencies is not None
+        turns = isinstance(self.k, CodedVectors) and self.k.frequencies is not None
         return dataclasses.replace(
             self, k=write_slots(self.k, at, unrotated if turns else k), v=write_slots(self.v, at, v)
         )
@@ -53,6 +55,14 @@ class LayerCache:
     def read(self) -> tuple[Array, Array]:
         """Rotated keys and values in all slots, `[batch, kv_heads, slots, head_dim]`; decoded where they are codes."""
         return read_slots(self.k, self.positions), read_slots(self.v, self.positions)
+
+    def operands(self) -> tuple[Any, Any]:
+        """The same for `effjax.ops.decode_attention`, which decodes codes piece by piece."""
+
+        def one(held: Any) -> Any:
+            return held.operand(self.positions) if isinstance(held, CodedVectors) else held
+
+        return one(self.k), one(self.v)
 
 
 def open_layers(
@@ -71,11 +81,11 @@ def open_layers(
     at = (*(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3)), targets)
     where = jnp.broadcast_to(positions[None, :, None, :], shape)
     written = cache.positions.at[at].set(where, mode="drop")
+    length = jnp.minimum(cache.length + lengths[None, :, None], cache.slots)
     layers = [
-        LayerCache(k=k, v=v, positions=written[i], targets=targets[i], importance=cache.importance)
+        LayerCache(k=k, v=v, positions=written[i], targets=targets[i], length=length[i], importance=cache.importance)
         for i, (k, v) in enumerate(zip(cache.k, cache.v, strict=True))
     ]
-    length = jnp.minimum(cache.length + lengths[None, :, None], cache.slots)
     return cache.replace(positions=written, length=length), layers
 
 
@@ -88,16 +98,23 @@ def _open_uneven(
     shape = (*cache.length.shape[1:], positions.shape[1])
     step = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
     where = jnp.broadcast_to(positions[:, None, :], shape)
+    most = jnp.asarray(cache.layer_slots, jnp.int32)[:, None, None]
+    length = jnp.minimum(cache.length + lengths[None, :, None], most)
     layers = []
     for i, slots in enumerate(cache.layer_slots):
         targets = jnp.where(step < lengths[:, None, None], cache.length[i][..., None] + step, slots)
         at = (*(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2)), targets)
         written = cache.positions[i].at[at].set(where, mode="drop")
         layers.append(
-            LayerCache(k=cache.k[i], v=cache.v[i], positions=written, targets=targets, importance=cache.importance)
+            LayerCache(
+                k=cache.k[i],
+                v=cache.v[i],
+                positions=written,
+                targets=targets,
+                length=length[i],
+                importance=cache.importance,
+            )
         )
-    most = jnp.asarray(cache.layer_slots, jnp.int32)[:, None, None]
-    length = jnp.minimum(cache.length + lengths[None, :, None], most)
     return cache.replace(positions=tuple(layer.positions for layer in layers), length=length), layers
 
 

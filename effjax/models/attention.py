@@ -5,12 +5,14 @@ FlashAttention (2022), though all slots of a run of queries are taken at once.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+from effjax.ops.attention import decode_attention
 
 _RUN_SCORES, _LEAST_RUN = 2**20, 16  # scores of a run: 4 MiB in float32
 
@@ -71,6 +73,35 @@ def attend_to_slots(
     none = jnp.zeros(k.shape[:3], jnp.float32)
     received, y = jax.lax.scan(one, none, (runs(q), runs(positions), runs(asked)))
     return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :length], received
+
+
+def attend_to_filled(
+    q: Float[Array, "batch 1 kv_heads group head_dim"],
+    k: Any,
+    v: Any,
+    length: Int[Array, "batch kv_heads"],
+    asked: Float[Array, "batch 1"],
+) -> tuple[Float[Array, "batch 1 kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
+    """`attend_to_slots` of one query a row that sees every filled slot: what stays unread costs nothing.
+
+    Keys and values are `[batch, kv_heads, slots, head_dim]`, or codes (`effjax.ops.CodedSlots`). A kernel runs where
+    there is one, see `effjax.ops.decode_attention`; derivatives are those of its definition.
+    """
+    y, received = _attend_to_filled(q[:, 0], k, v, length, asked[:, 0])
+    return y[:, None], received
+
+
+@jax.custom_jvp
+def _attend_to_filled(q: Array, k: Any, v: Any, length: Array, asked: Array) -> Any:
+    return decode_attention(q, k, v, length, asked=asked)
+
+
+@_attend_to_filled.defjvp
+def _attend_to_filled_jvp(primals: Any, tangents: Any) -> Any:
+    def definition(q: Array, k: Any, v: Any, length: Array, asked: Array) -> Any:
+        return decode_attention(q, k, v, length, asked=asked, implementation="reference")
+
+    return jax.jvp(definition, primals, tangents)
 
 
 def _attend_run(

@@ -19,7 +19,7 @@ from effjax.kv.cache import KVCache, add_scores, init_cache, write_layer
 from effjax.kv.coders import KVCoders
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 from effjax.kv.layer_cache import LayerCache, close_layers, open_layers
-from effjax.models.attention import attend, attend_to_slots
+from effjax.models.attention import attend, attend_to_filled, attend_to_slots
 from effjax.models.config import DecoderConfig
 from effjax.models.rope import frequencies, rotary_angles, rotate
 from effjax.sequential import Stage
@@ -95,7 +95,6 @@ class Attention(nn.Module):
             slot_positions = jnp.broadcast_to(positions[:, None, :], (batch, kv_heads, length))
         elif isinstance(cache, LayerCache):
             cache = cache.write(k, v, unrotated.swapaxes(1, 2))
-            k, v = (vectors.astype(x.dtype) for vectors in cache.read())
             slot_positions = cache.positions
         else:
             cache = write_layer(cache, layer, k, v, positions, lengths)
@@ -114,7 +113,13 @@ class Attention(nn.Module):
             y, received = attend(q, k, v, seen(positions)), None
         else:  # what padding attends to does not count
             asked = cache.importance.query_weights(lengths, length)
-            y, received = attend_to_slots(q, k, v, seen, positions, asked, cache.importance)
+            one = length == 1 and c.sliding_window is None and not cache.importance.counts_pivotal
+            if isinstance(cache, LayerCache) and one:
+                y, received = attend_to_filled(q, *cache.operands(), cache.length, asked)
+            else:
+                if isinstance(cache, LayerCache):
+                    k, v = (vectors.astype(x.dtype) for vectors in cache.read())
+                y, received = attend_to_slots(q, k, v, seen, positions, asked, cache.importance)
         if isinstance(cache, LayerCache):
             cache = dataclasses.replace(cache, received=received)
         elif cache is not None and received is not None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from effjax.errors import CheckpointError, ConfigError
 from effjax.kv import CQ, KIVI, IntKV, KVQuant
 from effjax.kv.capture import CapturedKV
-from effjax.kv.coded_slots import empty_slots
+from effjax.kv.coded_vectors import empty_slots
 from effjax.kv.coders import fit_layers
 from effjax.kv.coders_file import load_coders, save_coders
 from effjax.kv.coding import fit

@@ -11,14 +11,16 @@ from jaxtyping import Array, Float, Int
 from effjax.errors import ConfigError
 from effjax.kv.coding import Coded, Coder
 from effjax.models.rope import rotate
+from effjax.ops.coded_slots import CodedSlots
 
 Vectors = Float[Array, "batch kv_heads slots head_dim"]
+POSITIONS = "positions"
 At = tuple[Int[Array, "batch kv_heads length"], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodedSlots:
+class CodedVectors:
     """Keys or values of one layer, held as codes.
 
     It stands in a split `KVCache` where else an array `[batch, kv_heads, slots, head_dim]` does, whose `shape` and
@@ -54,18 +56,52 @@ class CodedSlots:
 
     def read(self, positions: Int[Array, "batch kv_heads slots"]) -> Vectors:
         """The vectors that the codes stand for; keys turned to the positions of their tokens."""
-        x = self.coder.decode(Coded(tokens=self.tokens))
-        if self.frequencies is not None:
-            rows = positions.reshape(-1, positions.shape[-1])
-            angles = rows.astype(jnp.float32)[..., None] * self.frequencies
-            turned = rotate(x.reshape(*rows.shape, 1, self.head_dim), jnp.cos(angles), jnp.sin(angles))
-            x = turned.reshape(x.shape)
-        return x.astype(self.dtype)
+        slots = self.operand(positions)
+        return slots.with_tokens(slots.tokens).astype(self.dtype)
+
+    def operand(self, positions: Int[Array, "batch kv_heads slots"]) -> CodedSlots:
+        """The same for `effjax.ops.decode_attention`, which decodes and turns them piece by piece."""
+        if self.frequencies is None:
+            return CodedSlots(coded=Coded(tokens=self.tokens), coder=self.coder)
+        turning = TurningCoder(coder=self.coder, frequencies=self.frequencies)
+        return CodedSlots(coded=Coded(tokens={**self.tokens, POSITIONS: positions[..., None]}), coder=turning)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TurningCoder:
+    """A coder of keys before rotation whose tokens have their positions beside their codes: keys come back turned.
+
+    Attributes:
+        coder: of the keys before rotation.
+        frequencies: as in `CodedVectors`.
+    """
+
+    coder: Coder
+    frequencies: Any
+
+    @property
+    def coding(self) -> str:
+        """A name: kernels know codings that need no rotation, and leave the others to be decoded by blocks."""
+        return f"{self.coder.coding} before rotation"
+
+    @property
+    def tables(self) -> Any:
+        return self.coder.tables
+
+    def decode(self, coded: Coded) -> Vectors:
+        """Keys, float32, turned to their positions."""
+        tokens = dict(coded.tokens)
+        positions = tokens.pop(POSITIONS)
+        x = self.coder.decode(Coded(tokens=tokens))
+        angles = positions.reshape(-1, x.shape[-2], 1).astype(jnp.float32) * self.frequencies
+        rows = x.reshape(-1, x.shape[-2], 1, x.shape[-1])
+        return rotate(rows, jnp.cos(angles), jnp.sin(angles)).reshape(x.shape)
 
 
 def empty_slots(
     coder: Coder, shape: tuple[int, int, int, int], dtype: Any, frequencies: Float[Array, " half"] | None = None
-) -> CodedSlots:
+) -> CodedVectors:
     """No token in slots for `shape` `[batch, kv_heads, slots, head_dim]`.
 
     Tables are copied: the memory of a cache is reused where it is donated, and that of the coder must not be.
@@ -91,7 +127,7 @@ def empty_slots(
             f"{coder.coding}: a cache codes each token when it comes, but here successive tokens share scales or the "
             "last ones are not coded; choose CQ, KVQuant or IntKV"
         )
-    return CodedSlots(
+    return CodedVectors(
         tokens={name: jnp.zeros(x.shape, x.dtype) for name, x in coded.tokens.items()},
         coder=jax.tree.map(lambda x: jnp.array(x, copy=True), coder),
         frequencies=None if frequencies is None else jnp.array(frequencies, copy=True),
@@ -102,18 +138,18 @@ def empty_slots(
 
 def write_slots(held: Any, at: At, x: Float[Array, "batch kv_heads length head_dim"]) -> Any:
     """New tokens in their slots, of codes or of an array; a slot out of range is dropped."""
-    if isinstance(held, CodedSlots):
+    if isinstance(held, CodedVectors):
         return held.write(at, x)
     return held.at[at].set(x.astype(held.dtype), mode="drop")
 
 
 def read_slots(held: Any, positions: Int[Array, "batch kv_heads slots"]) -> Vectors:
     """The vectors in all slots, of codes or of an array."""
-    return held.read(positions) if isinstance(held, CodedSlots) else held
+    return held.read(positions) if isinstance(held, CodedVectors) else held
 
 
 def change_slots(held: Any, change: Callable[[Array], Array]) -> Any:
     """`change` of every array whose last axis but one is that of the slots; tables stay as they are."""
-    if isinstance(held, CodedSlots):
+    if isinstance(held, CodedVectors):
         return dataclasses.replace(held, tokens={name: change(x) for name, x in held.tokens.items()})
     return change(held)
