@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kernels_cpu
 from effjax.kv import nomad, nomad_attention
 from kernels_cpu import nomad as native
-from kernels_cpu._native import NATIVE
+from kernels_cpu._native import NATIVE, NativeLibrary
 from kernels_cpu.variants import runnable
 
 RUNNABLE = runnable("nomad", native.VARIANTS)
@@ -123,6 +123,23 @@ def test_compiled_program_calls_the_native_kernel():
     keys = nomad_attention.NomadKeys(codes=codes, recent=recent)
     text = jax.jit(nomad_attention.nomad_attention).lower(q, keys, v, lengths, books).as_text()
     assert ("EffjaxNomadAttend" in text) == kernels_cpu.available()
+
+
+def test_without_the_library_plain_jax_runs_and_says_so(tmp_path, monkeypatch):
+    (q, codes, recent, v, lengths, books), _ = problem(
+        batch=1, heads=1, group=1, head_dim=4, d_sub=2, slots=40, width=3
+    )
+    tables = nomad.query_table(q, books)
+    logits = nomad.lookup_logits(tables, codes)
+    arrays = tuple(jnp.asarray(x) for x in (q, codes, recent, v, lengths, books, np.zeros(0, bool)))
+    expected = reference(*arrays, with_received=False)
+    for module in (nomad, nomad_attention):
+        monkeypatch.setattr(module, "NATIVE", NativeLibrary(tmp_path))
+    with pytest.warns(kernels_cpu.NativeKernelWarning, match="nomad.lookup_logits runs as plain jax"):
+        found = nomad._lookup_cpu(tables.table, tables.scale, tables.bias, codes)
+    np.testing.assert_allclose(found, logits, rtol=1e-6)
+    with pytest.warns(kernels_cpu.NativeKernelWarning, match="nomad.attend runs as plain jax"):
+        np.testing.assert_allclose(nomad_attention._attend_cpu(*arrays, with_received=False), expected, atol=1e-6)
 
 
 def test_unknown_variants_are_refused():
