@@ -12,7 +12,13 @@ import jax
 from kernels_cpu._build import LIBRARY_NAME, RECORD_NAME
 
 # C++ handler symbol of each kernel; the FFI target has the same name.
-HANDLERS = ("EffjaxPopcount", "EffjaxQuantMatmul", "EffjaxCodebookMatmul", "EffjaxNmMatmul")
+HANDLERS = (
+    "EffjaxPopcount",
+    "EffjaxQuantMatmul",
+    "EffjaxCodebookMatmul",
+    "EffjaxNmMatmul",
+    "EffjaxDecodeAttention",
+)
 
 
 class NativeKernelWarning(UserWarning):

@@ -17,8 +17,8 @@ from effjax.ops.attention_blocks import Question, Slots, blocked, reference, slo
 from effjax.ops.coded_slots import CodedSlots
 from effjax.ops.platform import platform_operation
 
-Implementation = Literal["reference", "blocked", "either", "tpu", "gpu"]
-PLAIN, KERNELS = ("reference", "blocked", "either"), ("tpu", "gpu")
+Implementation = Literal["reference", "blocked", "either", "cpu", "tpu", "gpu"]
+PLAIN, KERNELS = ("reference", "blocked", "either"), ("cpu", "tpu", "gpu")
 _TILE_BYTES = 2**18  # of a block of keys and values, decoded: they stay in the second-level cache of a processor
 _LEAST_BLOCK = 64
 # Measured with two threads of Zen 4: float32 slots go by blocks at half the speed of all at once, which reads more.
@@ -52,9 +52,9 @@ def decode_attention(
         asked: what the query of each row counts in the sums of `received`; None leaves them out.
         scale: of the logits; `head_dim ** -0.5` where None.
         implementation: "reference" takes all slots at once; "blocked" goes block by block, as far as the longest row
-            reaches; "either" finds out when it runs which of the two reads less; "tpu" and "gpu" name kernels of
-            `kernels_pallas`. None chooses for the platform that the program is compiled for, and on more than one
-            device the reference, which XLA can partition.
+            reaches; "either" finds out when it runs which of the two reads less; "cpu", "tpu" and "gpu" name kernels of
+            `kernels_cpu` and `kernels_pallas`. None chooses for the platform that the program is compiled for, and on
+            more than one device the reference, which XLA can partition.
 
     Returns:
         `(y, received)`: outputs in the dtype of `q`, and float32 sums of the attention weights over the query heads of
@@ -131,9 +131,10 @@ def choose(platform: str, a: Question) -> Implementation:
     Kernels where they take the operands and are fit for them (GPUs must be Hopper). Without one, codes go block by
     block, and on a CPU so do dense slots in float32, while few of many are filled.
     """
-    name = dispatch.PLATFORMS[platform]
-    if name in KERNELS and not why_not(name, a) and not _kernel(name).unfit(a):
-        return "tpu" if name == "tpu" else "gpu"
+    names: dict[str, Implementation] = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}
+    name = names[platform]
+    if not why_not(name, a) and (name == "cpu" or not _kernel(name).unfit(a)):
+        return name
     coded = isinstance(a.k, CodedSlots) or isinstance(a.v, CodedSlots)
     if coded:
         return "blocked"
@@ -147,7 +148,9 @@ def why_not(implementation: str, a: Question) -> str:
 
 
 def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"kernels_pallas.decode_attention.{name}")
+    return importlib.import_module(
+        "kernels_cpu.decode_attention" if name == "cpu" else f"kernels_pallas.decode_attention.{name}"
+    )
 
 
 def _question(
