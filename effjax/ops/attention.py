@@ -73,7 +73,7 @@ def decode_attention(
     Source: Pope et al., Efficiently scaling transformer inference (2022), on what a step of decoding reads; blocks of
     slots that are combined afterwards as in flash-decoding (Dao et al. 2023).
     """
-    question = _question("decode_attention", q, k, v, length, start, asked, None, scale)
+    question = make_question("decode_attention", q, k, v, length, start, asked, None, scale)
     return _answer("decode_attention", question, implementation)
 
 
@@ -121,7 +121,7 @@ def paged_decode_attention(
         raise ConfigError(f"paged_decode_attention: length must be [{q.shape[0]}], found {list(length.shape)}")
     length = jnp.broadcast_to(length[:, None], heads)
     start = None if start is None else jnp.broadcast_to(start[:, None], heads)
-    question = _question("paged_decode_attention", q, k_pages, v_pages, length, start, asked, page_table, scale)
+    question = make_question("paged_decode_attention", q, k_pages, v_pages, length, start, asked, page_table, scale)
     return _answer("paged_decode_attention", question, implementation)
 
 
@@ -129,7 +129,7 @@ def choose(platform: str, a: Question) -> Implementation:
     """The implementation for a program on one device of a platform ("cpu", "tpu" or "cuda").
 
     Kernels where they take the operands and are fit for them (GPUs must be Hopper). Without one, codes go block by
-    block, and on a CPU so do dense slots in float32, while few of many are filled.
+    block, and on a CPU so do dense slots in float32 while few of many are filled.
     """
     names: dict[str, Implementation] = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}
     name = names[platform]
@@ -153,7 +153,7 @@ def _kernel(name: str) -> ModuleType:
     )
 
 
-def _question(
+def make_question(
     where: str, q: Any, k: Any, v: Any, length: Any, start: Any, asked: Any, table: Any, scale: float | None
 ) -> Question:
     if q.ndim != 4:

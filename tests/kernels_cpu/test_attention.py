@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.errors import ConfigError
-from effjax.ops.attention import _question as question
+from effjax.ops.attention import make_question as question
 from kernels_cpu import variants
 from kernels_cpu.decode_attention import AMONG, decode_attention, why_not
 from tests.ops.attention_oracle import assert_answers, random_case
