@@ -19,6 +19,7 @@ HANDLERS = (
     "EffjaxNmMatmul",
     "EffjaxNomadLookup",
     "EffjaxNomadAttend",
+    "EffjaxDecodeAttention",
 )
 
 

@@ -43,9 +43,10 @@ def read(model: Any, tokens: torch.Tensor, prompt: int, press: Any) -> tuple[np.
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     name, arguments = job["press"] or (None, {})
-    # Attention weights, which some presses rank by, are given by the plain implementation only.
+    # The plain implementation alone gives attention weights; but it takes one mask, that of the first layer, for all.
+    attention = "eager" if name == "ObservedAttentionPress" else "sdpa"
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.float32, attn_implementation="eager"
+        job["model"], dtype=torch.float32, attn_implementation=attention
     )
     tokens = torch.from_numpy(np.load(job["tokens"]).astype(np.int64))
     parts = []

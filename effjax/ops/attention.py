@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.ops import dispatch
-from effjax.ops.attention_blocks import Question, Slots, blocked, reference, slots_shape
+from effjax.ops.attention_blocks import Question, Slots, Turn, blocked, reference, slots_shape
 from effjax.ops.coded_slots import CodedSlots
 from effjax.ops.platform import platform_operation
 
-Implementation = Literal["reference", "blocked", "either", "tpu", "gpu"]
-PLAIN, KERNELS = ("reference", "blocked", "either"), ("tpu", "gpu")
+Implementation = Literal["reference", "blocked", "either", "cpu", "tpu", "gpu"]
+PLAIN, KERNELS = ("reference", "blocked", "either"), ("cpu", "tpu", "gpu")
 _TILE_BYTES = 2**18  # of a block of keys and values, decoded: they stay in the second-level cache of a processor
 _LEAST_BLOCK = 64
 # Measured with two threads of Zen 4: float32 slots go by blocks at half the speed of all at once, which reads more.
@@ -36,6 +36,7 @@ def decode_attention(
     start: Int[Array, "batch kv_heads"] | None = None,
     asked: Float[Array, " batch"] | None = None,
     scale: float | None = None,
+    turn: Turn | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads slots"] | None]:
     """Softmax attention of one query a row to the filled slots of its cache, and what each slot receives of it.
@@ -51,10 +52,11 @@ def decode_attention(
         start: the first slot that is seen, for sliding windows; 0 where None.
         asked: what the query of each row counts in the sums of `received`; None leaves them out.
         scale: of the logits; `head_dim ** -0.5` where None.
+        turn: rotates keys as they are read, for codes of keys before rotation (CQ, IntKV); no kernel does so yet.
         implementation: "reference" takes all slots at once; "blocked" goes block by block, as far as the longest row
-            reaches; "either" finds out when it runs which of the two reads less; "tpu" and "gpu" name kernels of
-            `kernels_pallas`. None chooses for the platform that the program is compiled for, and on more than one
-            device the reference, which XLA can partition.
+            reaches; "either" finds out when it runs which of the two reads less; "cpu", "tpu" and "gpu" name kernels of
+            `kernels_cpu` and `kernels_pallas`. None chooses for the platform that the program is compiled for, and on
+            more than one device the reference, which XLA can partition.
 
     Returns:
         `(y, received)`: outputs in the dtype of `q`, and float32 sums of the attention weights over the query heads of
@@ -73,7 +75,7 @@ def decode_attention(
     Source: Pope et al., Efficiently scaling transformer inference (2022), on what a step of decoding reads; blocks of
     slots that are combined afterwards as in flash-decoding (Dao et al. 2023).
     """
-    question = _question("decode_attention", q, k, v, length, start, asked, None, scale)
+    question = make_question("decode_attention", q, k, v, length, start, asked, None, scale, turn)
     return _answer("decode_attention", question, implementation)
 
 
@@ -121,7 +123,7 @@ def paged_decode_attention(
         raise ConfigError(f"paged_decode_attention: length must be [{q.shape[0]}], found {list(length.shape)}")
     length = jnp.broadcast_to(length[:, None], heads)
     start = None if start is None else jnp.broadcast_to(start[:, None], heads)
-    question = _question("paged_decode_attention", q, k_pages, v_pages, length, start, asked, page_table, scale)
+    question = make_question("paged_decode_attention", q, k_pages, v_pages, length, start, asked, page_table, scale)
     return _answer("paged_decode_attention", question, implementation)
 
 
@@ -129,11 +131,12 @@ def choose(platform: str, a: Question) -> Implementation:
     """The implementation for a program on one device of a platform ("cpu", "tpu" or "cuda").
 
     Kernels where they take the operands and are fit for them (GPUs must be Hopper). Without one, codes go block by
-    block, and on a CPU so do dense slots in float32, while few of many are filled.
+    block, and on a CPU so do dense slots in float32 while few of many are filled.
     """
-    name = dispatch.PLATFORMS[platform]
-    if name in KERNELS and not why_not(name, a) and not _kernel(name).unfit(a):
-        return "tpu" if name == "tpu" else "gpu"
+    names: dict[str, Implementation] = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}
+    name = names[platform]
+    if not why_not(name, a) and (name == "cpu" or not _kernel(name).unfit(a)):
+        return name
     coded = isinstance(a.k, CodedSlots) or isinstance(a.v, CodedSlots)
     if coded:
         return "blocked"
@@ -143,16 +146,36 @@ def choose(platform: str, a: Question) -> Implementation:
 
 def why_not(implementation: str, a: Question) -> str:
     """Why an implementation does not take these operands, with the remedy; empty where it does."""
-    return _kernel(implementation).why_not(a) if implementation in KERNELS else ""
+    if implementation not in KERNELS:
+        return ""
+    if a.turn is not None:
+        return "keys are turned as they are read, which no kernel does; use implementation='blocked'"
+    return _kernel(implementation).why_not(a)
 
 
 def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"kernels_pallas.decode_attention.{name}")
+    return importlib.import_module(
+        "kernels_cpu.decode_attention" if name == "cpu" else f"kernels_pallas.decode_attention.{name}"
+    )
 
 
-def _question(
-    where: str, q: Any, k: Any, v: Any, length: Any, start: Any, asked: Any, table: Any, scale: float | None
+def make_question(
+    where: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    length: Any,
+    start: Any,
+    asked: Any,
+    table: Any,
+    scale: float | None,
+    turn: Turn | None = None,
 ) -> Question:
+    """The operands of `decode_attention` (with a table, of its paged variant), checked and filled up.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit.
+    """
     if q.ndim != 4:
         raise ConfigError(f"{where}: q must be [batch, kv_heads, group, head_dim], found {list(q.shape)}")
     batch, heads, _, head_dim = q.shape
@@ -178,6 +201,11 @@ def _question(
     if scale is not None and not math.isfinite(scale):
         raise ConfigError(f"{where}: scale must be a finite number, found {scale!r}")
     slots = slots_shape(k)[2] * (1 if table is None else table.shape[1])
+    if turn is not None and (turn.positions.shape != (batch, heads, slots) or 2 * turn.cos.shape[-1] != head_dim):
+        raise ConfigError(
+            f"{where}: turn must have positions [{batch}, {heads}, {slots}] and angles [positions, {head_dim // 2}], "
+            f"found {list(turn.positions.shape)} and {list(turn.cos.shape)}"
+        )
     return Question(
         q=q,
         k=k,
@@ -187,6 +215,7 @@ def _question(
         asked=None if asked is None else asked.astype(jnp.float32),
         table=None if table is None else table.astype(jnp.int32),
         scale=head_dim**-0.5 if scale is None else float(scale),
+        turn=turn,
     )
 
 

@@ -55,9 +55,9 @@ def why_not(a: Question) -> str:
     """Why this is not for the kernel, with the remedy; empty where it is.
 
     Example:
-        >>> from effjax.ops.attention import _question
+        >>> from effjax.ops.attention import make_question
         >>> k = jnp.ones((1, 1, 8, 16))
-        >>> why_not(_question("", k[:, :, :4], k, k, jnp.ones((1, 1), jnp.int32), None, None, None, None))
+        >>> why_not(make_question("", k[:, :, :4], k, k, jnp.ones((1, 1), jnp.int32), None, None, None, None))
         "queries in float32: the GPU kernel takes bfloat16 and float16; use implementation='reference'"
     """
     reason = _reason(a)

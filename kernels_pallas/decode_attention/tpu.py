@@ -44,9 +44,9 @@ def why_not(a: Question) -> str:
     """Why this is not for the kernel, with the remedy; empty where it is.
 
     Example:
-        >>> from effjax.ops.attention import _question
+        >>> from effjax.ops.attention import make_question
         >>> k = jnp.ones((1, 1, 8, 16), jnp.float16)
-        >>> why_not(_question("", k[:, :, :4], k, k, jnp.ones((1, 1), jnp.int32), None, None, None, None))
+        >>> why_not(make_question("", k[:, :, :4], k, k, jnp.ones((1, 1), jnp.int32), None, None, None, None))
         "queries in float16: a TPU multiplies bfloat16 and float32; use implementation='blocked'"
     """
     reason = _reason(a)

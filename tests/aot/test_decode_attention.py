@@ -9,7 +9,7 @@ from effjax.kv.coding import Coder
 from effjax.kv.cq import CQ
 from effjax.kv.integer import PerChannel, PerToken
 from effjax.ops import CodedSlots
-from effjax.ops.attention import _question as question
+from effjax.ops.attention import make_question as question
 from kernels_pallas.decode_attention import tpu
 from kernels_pallas.shapes import MODELS
 from tests.aot.test_kernels import TARGETS, compile_for

@@ -10,7 +10,7 @@ from kernels_cpu import _build
 SOURCES = pathlib.Path(kernels_cpu.__file__).parent
 DRIVER = pathlib.Path(__file__).with_name("sanitized.cc")
 FLAGS = ("-O1", "-g", "-std=c++17", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
-KERNELS = ("quant_*.cc", "codebook_*.cc", "nm_*.cc", "nomad_*.cc", "cpu_features.cc")
+KERNELS = ("quant_*.cc", "codebook_*.cc", "nm_*.cc", "nomad_*.cc", "attention_*.cc", "cpu_features.cc")
 
 
 def run(command):

@@ -20,7 +20,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state import indexing
 from jax._src.state.types import AbstractRef, TransposeTransform
 
-from effjax.ops.attention import _question as question
+from effjax.ops.attention import make_question as question
 from kernels_pallas.codebook_matmul import gpu as codebook_gpu
 from kernels_pallas.decode_attention import gpu as attention_gpu
 from kernels_pallas.gpu_tile import Tile

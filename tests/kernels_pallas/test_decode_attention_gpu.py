@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.errors import ConfigError
-from effjax.ops.attention import _question as question
+from effjax.ops.attention import make_question as question
 from kernels_pallas.decode_attention.gpu import Tile, choose_tile, decode_attention, shared_bytes, why_not
 from kernels_pallas.decode_attention.gpu_slots import plane
 from kernels_pallas.gpu_packed import column_pairs

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.errors import ConfigError
-from effjax.ops.attention import _question as question
+from effjax.ops.attention import make_question as question
 from kernels_pallas.decode_attention.tpu import choose_block, decode_attention, vmem_bytes, why_not
 from kernels_pallas.decode_attention.tpu_slots import _half_to_float, _two_halves, bfloat16_parts
 from tests.ops.attention_oracle import assert_answers, random_case

@@ -7,7 +7,7 @@ import pytest
 import kernels_pallas.codebook_matmul.gpu as codebook_gpu
 import kernels_pallas.nm_matmul.gpu as nm_gpu
 import kernels_pallas.quant_matmul.gpu as quant_gpu
-from effjax.ops.attention import _question as question
+from effjax.ops.attention import make_question as question
 from kernels_pallas.decode_attention.gpu import Tile as Shares
 from kernels_pallas.decode_attention.gpu import decode_attention
 from kernels_pallas.gpu_tile import Tile

@@ -125,6 +125,18 @@ def test_generation_evicts_from_codes(params, coders):
     assert not any(x.is_deleted() for x in jax.tree.leaves(coders))  # the cache that was given away had copies
 
 
+def test_a_step_never_holds_a_layer_as_it_was(params, captured):
+    """Beside the cache, a step needs less than the keys and values of one layer; decoded pieces are small."""
+    coders = fit_layers(CODINGS["integers"], captured, key=jax.random.key(1))
+    slots, token = 8192, jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: new_cache(SMALL, batch=1, slots=slots, coders=coders))
+    step = jax.jit(lambda params, cache, token: APPLY({"params": params}, token, cache=cache), donate_argnums=1)
+    memory = step.lower(params, cache, token).compile().memory_analysis()
+    layer = 2 * SMALL.num_key_value_heads * slots * SMALL.head_dim * 4
+    scores = SMALL.num_attention_heads * slots * 4
+    assert memory.temp_size_in_bytes < 0.5 * layer + 4 * scores
+
+
 def test_stats_count_codes_against_a_plain_cache(params, captured):
     coders = fit_layers(CODINGS["integers"], captured, key=jax.random.key(1))
     prompts, lengths = jnp.asarray(PROMPTS), jnp.asarray(LENGTHS)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from effjax.errors import ConfigError
 from effjax.kv import KIVI
 from effjax.kv.coding import Coder
-from effjax.ops import CodedSlots, decode_attention, paged_decode_attention
+from effjax.ops import CodedSlots, Turn, decode_attention, paged_decode_attention
 from effjax.ops.attention import block_slots, choose
 from effjax.ops.attention_blocks import Question, blocked
 from tests.ops.attention_oracle import assert_answers, exact, random_case
@@ -111,9 +111,12 @@ def test_what_is_chosen_for_a_cpu():
     def chosen(**shape):
         return choose("cpu", question(random_case(**shape)))
 
-    assert chosen(slots=512) == "either"
-    assert chosen(slots=500) == chosen(slots=512, dtype="bfloat16") == "reference"
+    assert chosen(slots=64) == chosen(slots=64, dtype="bfloat16") == "cpu"
+    assert chosen(slots=64, head_dim=32, keys="channel-4", values="token-8") == "cpu"
     assert chosen(slots=64, keys="channel-4") == chosen(slots=64, values="cq-8-8") == "blocked"
+    assert chosen(slots=512, head_dim=24) == "either"
+    assert chosen(slots=500, head_dim=24) == chosen(slots=512, dtype="float16") == "reference"
+    assert chosen(slots=64, page=16) == "reference"
 
 
 def test_what_is_chosen_for_accelerators(monkeypatch):
@@ -144,6 +147,36 @@ def test_sums_are_left_out_when_nothing_is_asked():
 def test_another_scale():
     case = random_case()
     assert_answers(case, case.answer(scale=0.7), 1e-6, scale=0.7)
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN, None])
+@pytest.mark.parametrize("keys", ["dense", "channel-8"])
+def test_keys_are_turned_by_the_angles_of_their_tokens(implementation, keys):
+    case = random_case(keys=keys)
+    positions = np.random.default_rng(5).integers(-1, 300, (2, 2, 150))
+    angles = np.arange(300)[:, None] * 100.0 ** -np.linspace(0, 1, 8)
+    turn = Turn(
+        positions=jnp.asarray(positions, jnp.int32),
+        cos=jnp.asarray(np.cos(angles), jnp.float32),
+        sin=jnp.asarray(np.sin(angles), jnp.float32),
+    )
+    pairs = case.keys[..., :8] + 1j * case.keys[..., 8:]
+    turned = pairs * np.exp(1j * angles[np.maximum(positions, 0)])
+    case.keys = np.concatenate([turned.real, turned.imag], axis=-1)
+    assert_answers(case, case.answer(implementation, turn=turn), 3e-6)
+
+
+def test_what_turns_keys_is_checked():
+    case = random_case(slots=8)
+    table = jnp.ones((9, 8))
+    short = Turn(positions=jnp.zeros((2, 2, 7), jnp.int32), cos=table, sin=table)
+    with pytest.raises(
+        ConfigError, match=r"positions \[2, 2, 8\] and angles \[positions, 8\], found \[2, 2, 7\] and \[9, 8\]"
+    ):
+        case.answer(turn=short)
+    fitting = Turn(positions=jnp.zeros((2, 2, 8), jnp.int32), cos=table, sin=table)
+    with pytest.raises(ConfigError, match="keys are turned as they are read, which no kernel does"):
+        case.answer("tpu", turn=fitting)
 
 
 def test_what_is_read_does_not_grow_with_the_slots_of_a_coded_cache():
@@ -178,7 +211,7 @@ def test_spread_over_devices_the_compiler_gets_the_reference():
     assert_answers(case, program.compile()(q, k, v, length, asked), 1e-6)
 
 
-def test_each_device_of_shard_map_has_its_own_blocks():
+def test_each_device_of_shard_map_has_its_own_kernel():
     case = random_case(batch=8, slots=512)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -187,7 +220,7 @@ def test_each_device_of_shard_map_has_its_own_blocks():
 
     spread = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     operands = (case.q, case.k, case.v, case.length, case.asked)
-    assert "stablehlo.while" in spread.lower(*operands).as_text()
+    assert "EffjaxDecodeAttention" in spread.lower(*operands).as_text()
     assert_answers(case, spread(*operands), 1e-6)
 
 
@@ -233,7 +266,7 @@ def test_what_is_refused_says_why():
     refused(r"length must be int32 \[2, 2\], found float32", length=jnp.ones((2, 2)))
     refused(r"asked must be \[2\], one number a row, found \[4\]", asked=jnp.ones(4))
     refused("scale must be a finite number, found inf", scale=float("inf"))
-    refused("no implementation 'xla'; there are reference, blocked, either, tpu, gpu", implementation="xla")
+    refused("no implementation 'xla'; there are reference, blocked, either, cpu, tpu, gpu", implementation="xla")
     with pytest.raises(ConfigError, match=r"q must be \[batch, kv_heads, group, head_dim\], found \[2, 4\]"):
         decode_attention(jnp.ones((2, 4)), jnp.ones(1), jnp.ones(1), jnp.ones(1))
 
