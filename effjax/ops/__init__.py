@@ -1,7 +1,6 @@
 """The hot operations: one signature each, a plain reference that defines it, and the choice of implementation."""
 
 from effjax.ops.attention import decode_attention, paged_decode_attention
-from effjax.ops.attention_blocks import Turn
 from effjax.ops.coded_slots import CodedSlots
 from effjax.ops.dispatch import explain
 from effjax.ops.matmul import matmul
@@ -9,7 +8,6 @@ from effjax.ops.products import codebook_matmul, hashed_matmul, nm_matmul, quant
 
 __all__ = [
     "CodedSlots",
-    "Turn",
     "codebook_matmul",
     "decode_attention",
     "explain",

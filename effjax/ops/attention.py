@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.ops import dispatch
-from effjax.ops.attention_blocks import Question, Slots, Turn, blocked, reference, slots_shape
+from effjax.ops.attention_blocks import Question, Slots, blocked, reference, slots_shape
 from effjax.ops.coded_slots import CodedSlots
 from effjax.ops.platform import platform_operation
 
@@ -36,7 +36,6 @@ def decode_attention(
     start: Int[Array, "batch kv_heads"] | None = None,
     asked: Float[Array, " batch"] | None = None,
     scale: float | None = None,
-    turn: Turn | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads slots"] | None]:
     """Softmax attention of one query a row to the filled slots of its cache, and what each slot receives of it.
@@ -52,7 +51,6 @@ def decode_attention(
         start: the first slot that is seen, for sliding windows; 0 where None.
         asked: what the query of each row counts in the sums of `received`; None leaves them out.
         scale: of the logits; `head_dim ** -0.5` where None.
-        turn: rotates keys as they are read, for codes of keys before rotation (CQ, IntKV); no kernel does so yet.
         implementation: "reference" takes all slots at once; "blocked" goes block by block, as far as the longest row
             reaches; "either" finds out when it runs which of the two reads less; "cpu", "tpu" and "gpu" name kernels of
             `kernels_cpu` and `kernels_pallas`. None chooses for the platform that the program is compiled for, and on
@@ -75,7 +73,7 @@ def decode_attention(
     Source: Pope et al., Efficiently scaling transformer inference (2022), on what a step of decoding reads; blocks of
     slots that are combined afterwards as in flash-decoding (Dao et al. 2023).
     """
-    question = make_question("decode_attention", q, k, v, length, start, asked, None, scale, turn)
+    question = make_question("decode_attention", q, k, v, length, start, asked, None, scale)
     return _answer("decode_attention", question, implementation)
 
 
@@ -146,11 +144,7 @@ def choose(platform: str, a: Question) -> Implementation:
 
 def why_not(implementation: str, a: Question) -> str:
     """Why an implementation does not take these operands, with the remedy; empty where it does."""
-    if implementation not in KERNELS:
-        return ""
-    if a.turn is not None:
-        return "keys are turned as they are read, which no kernel does; use implementation='blocked'"
-    return _kernel(implementation).why_not(a)
+    return _kernel(implementation).why_not(a) if implementation in KERNELS else ""
 
 
 def _kernel(name: str) -> ModuleType:
@@ -160,22 +154,8 @@ def _kernel(name: str) -> ModuleType:
 
 
 def make_question(
-    where: str,
-    q: Any,
-    k: Any,
-    v: Any,
-    length: Any,
-    start: Any,
-    asked: Any,
-    table: Any,
-    scale: float | None,
-    turn: Turn | None = None,
+    where: str, q: Any, k: Any, v: Any, length: Any, start: Any, asked: Any, table: Any, scale: float | None
 ) -> Question:
-    """The operands of `decode_attention` (with a table, of its paged variant), checked and filled up.
-
-    Raises:
-        ConfigError: shapes or dtypes do not fit.
-    """
     if q.ndim != 4:
         raise ConfigError(f"{where}: q must be [batch, kv_heads, group, head_dim], found {list(q.shape)}")
     batch, heads, _, head_dim = q.shape
@@ -201,11 +181,6 @@ def make_question(
     if scale is not None and not math.isfinite(scale):
         raise ConfigError(f"{where}: scale must be a finite number, found {scale!r}")
     slots = slots_shape(k)[2] * (1 if table is None else table.shape[1])
-    if turn is not None and (turn.positions.shape != (batch, heads, slots) or 2 * turn.cos.shape[-1] != head_dim):
-        raise ConfigError(
-            f"{where}: turn must have positions [{batch}, {heads}, {slots}] and angles [positions, {head_dim // 2}], "
-            f"found {list(turn.positions.shape)} and {list(turn.cos.shape)}"
-        )
     return Question(
         q=q,
         k=k,
@@ -215,7 +190,6 @@ def make_question(
         asked=None if asked is None else asked.astype(jnp.float32),
         table=None if table is None else table.astype(jnp.int32),
         scale=head_dim**-0.5 if scale is None else float(scale),
-        turn=turn,
     )
 
 

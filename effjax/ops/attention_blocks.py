@@ -20,34 +20,6 @@ _LEAST = float(jnp.finfo(jnp.float32).min)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Turn:
-    """The rotation of keys that were coded before it: by the angles of the token in each slot, as they are read.
-
-    Attributes:
-        positions: int32 `[batch, kv_heads, slots]`, as in `effjax.kv.KVCache`.
-        cos, sin: float32 `[positions, head_dim / 2]`, from `effjax.models.rope.rotary_angles` of all positions.
-
-    Example:
-        >>> angles = jnp.arange(4.0)[:, None] * jnp.array([1.0, 0.1])
-        >>> turn = Turn(positions=jnp.zeros((1, 1, 8), jnp.int32), cos=jnp.cos(angles), sin=jnp.sin(angles))
-        >>> turn.keys(jnp.ones((1, 1, 8, 4)), 0)[0, 0, 0].tolist()  # all at position 0
-        [1.0, 1.0, 1.0, 1.0]
-    """
-
-    positions: Any
-    cos: Any
-    sin: Any
-
-    def keys(self, k: Float[Array, "batch kv_heads block head_dim"], at: Any) -> Array:
-        """Turned keys of the slots from `at`, pairs `(k[i], k[i + head_dim / 2])`, in float32."""
-        positions = jax.lax.dynamic_slice_in_dim(self.positions, at, k.shape[2], axis=2)
-        cos, sin = (table.at[jnp.maximum(positions, 0)].get(mode="clip") for table in (self.cos, self.sin))
-        first, second = jnp.split(k.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
     """What is asked of a cache: the operands of `effjax.ops.decode_attention`, checked.
 
@@ -58,7 +30,6 @@ class Question:
         asked: float32 `[batch]`, or None for no column sums.
         table: int32 `[batch, pages_per_row]`, or None.
         scale: of the logits.
-        turn: of the keys, or None.
     """
 
     q: Any
@@ -69,7 +40,6 @@ class Question:
     asked: Any
     table: Any
     scale: float = dataclasses.field(metadata={"static": True})
-    turn: Any = None
 
     @property
     def slots(self) -> int:
@@ -89,7 +59,7 @@ def _decoded(x: Slots) -> Array:
 def reference(a: Question) -> tuple[Array, Array | None]:
     """The definition: every key and value decoded, and all logits at once."""
     k, v = (_decoded(x) if a.table is None else _rows_of(x, a.table) for x in (a.k, a.v))
-    logits = _logits(a, k, 0)
+    logits = _logits(a, k)
     seen = _between(a, jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3))
     logits = jnp.where(seen, logits, _LEAST)
     peak = jnp.max(logits, axis=-1)
@@ -118,7 +88,7 @@ def blocked(a: Question, block: int) -> tuple[Array, Array | None]:
     def add(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         peak, total, y, *kept = carry
         at = jnp.minimum(index * block, a.slots - block)  # the last block may begin in the one before
-        logits = _logits(a, _cut(a.k, a.table, index, at, block), at)
+        logits = _logits(a, _cut(a.k, a.table, index, at, block))
         slot = at + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3)
         seen = _between(a, slot) & (slot >= index * block)
         new = jnp.maximum(peak, jnp.max(jnp.where(seen, logits, _LEAST), axis=-1))
@@ -150,9 +120,8 @@ def blocked(a: Question, block: int) -> tuple[Array, Array | None]:
     return y, _loop(first, count, give, state((batch, heads, a.slots), 0))
 
 
-def _logits(a: Question, k: Array, at: Any) -> Float[Array, "batch kv_heads group slots"]:
+def _logits(a: Question, k: Array) -> Float[Array, "batch kv_heads group slots"]:
     """Keys are read as they lie: with the queries on the left, XLA's CPU compiler would turn them."""
-    k = k if a.turn is None else a.turn.keys(k, at)
     dtype = jnp.promote_types(a.q.dtype, k.dtype)
     q, k = a.q.astype(dtype), k.astype(dtype)
     logits = jnp.einsum("bhsd,bhgd->bhsg", k, q, preferred_element_type=jnp.float32, precision=_precision(dtype))

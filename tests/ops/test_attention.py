@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from effjax.errors import ConfigError
 from effjax.kv import KIVI
 from effjax.kv.coding import Coder
-from effjax.ops import CodedSlots, Turn, decode_attention, paged_decode_attention
+from effjax.ops import CodedSlots, decode_attention, paged_decode_attention
 from effjax.ops.attention import block_slots, choose
 from effjax.ops.attention_blocks import Question, blocked
 from tests.ops.attention_oracle import assert_answers, exact, random_case
@@ -147,36 +147,6 @@ def test_sums_are_left_out_when_nothing_is_asked():
 def test_another_scale():
     case = random_case()
     assert_answers(case, case.answer(scale=0.7), 1e-6, scale=0.7)
-
-
-@pytest.mark.parametrize("implementation", [*PLAIN, None])
-@pytest.mark.parametrize("keys", ["dense", "channel-8"])
-def test_keys_are_turned_by_the_angles_of_their_tokens(implementation, keys):
-    case = random_case(keys=keys)
-    positions = np.random.default_rng(5).integers(-1, 300, (2, 2, 150))
-    angles = np.arange(300)[:, None] * 100.0 ** -np.linspace(0, 1, 8)
-    turn = Turn(
-        positions=jnp.asarray(positions, jnp.int32),
-        cos=jnp.asarray(np.cos(angles), jnp.float32),
-        sin=jnp.asarray(np.sin(angles), jnp.float32),
-    )
-    pairs = case.keys[..., :8] + 1j * case.keys[..., 8:]
-    turned = pairs * np.exp(1j * angles[np.maximum(positions, 0)])
-    case.keys = np.concatenate([turned.real, turned.imag], axis=-1)
-    assert_answers(case, case.answer(implementation, turn=turn), 3e-6)
-
-
-def test_what_turns_keys_is_checked():
-    case = random_case(slots=8)
-    table = jnp.ones((9, 8))
-    short = Turn(positions=jnp.zeros((2, 2, 7), jnp.int32), cos=table, sin=table)
-    with pytest.raises(
-        ConfigError, match=r"positions \[2, 2, 8\] and angles \[positions, 8\], found \[2, 2, 7\] and \[9, 8\]"
-    ):
-        case.answer(turn=short)
-    fitting = Turn(positions=jnp.zeros((2, 2, 8), jnp.int32), cos=table, sin=table)
-    with pytest.raises(ConfigError, match="keys are turned as they are read, which no kernel does"):
-        case.answer("tpu", turn=fitting)
 
 
 def test_what_is_read_does_not_grow_with_the_slots_of_a_coded_cache():
