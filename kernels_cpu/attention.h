@@ -15,7 +15,7 @@ namespace effjax {
 enum class Held : int32_t { kFloat32, kBfloat16, kBytes, kNibbles };
 
 struct Slots {
-  const uint8_t* data;  // [heads, slots, row_bytes]
+  const uint8_t* data;  // [heads, slots, row_bytes], or of pages [pages, kv_heads, page, row_bytes]
   Held held;
   int64_t row_bytes;
 };
@@ -24,6 +24,8 @@ struct AttentionProblem {
   int64_t heads;     // of all rows
   int64_t kv_heads;  // of a row
   int64_t group, slots, head_dim;
+  const int32_t* table;           // [rows, row_pages], the pages of every row, or null
+  int64_t page, row_pages, pages; // slots of a page, pages of a row, and all pages there are
   const float* q;  // [heads, group, head_dim], times the scale of the logits
   Slots k, v;
   const float *low, *step;        // [heads, slots] of values, or null

@@ -112,10 +112,10 @@ inline F Exp(F x) {
 
 struct Head {
   const AttentionProblem& p;
-  int64_t first, count, stride;  // live slots, and floats from the logits of a query to those of the next
+  int64_t count, stride;  // slots that lie together, and floats from the logits of a query to those of the next
   const float* q;
   const uint8_t *k, *v;
-  float *weights, *y;
+  float *weights, *y;  // of these slots; and of all
 
   template <Held H, int N>
   void Logits(int64_t query) const {
@@ -191,28 +191,48 @@ struct Head {
       case Held::kNibbles: return Both<Held::kNibbles>(values);
     }
   }
-
-  // Logits to weights of one query; returns what the sums of values are short of.
-  float Softmax(float* w, float asked, const float* low, const float* step, float* received) const {
-    const F peak = Set(Largest(w, count, -3.0e38f));
-    F total = {};
-    for (int64_t s = 0; s < stride; s += kLanes) {  // what is behind the last slot is -3e38
-      const F power = Exp(Read<F>(w + s) - peak);
-      Write(w + s, power);
-      total += power;
-    }
-    for (int64_t s = count; s < stride; ++s) w[s] = 0.0f;
-    const float inverse = 1.0f / Sum(total);
-    float least = 0.0f;
-    for (int64_t s = 0; s < count; ++s) {
-      const float weight = w[s] * inverse;
-      if (received != nullptr) received[s] += asked * weight;
-      if (low != nullptr) least += weight * low[s];
-      w[s] = step == nullptr ? weight : weight * step[s];
-    }
-    return least;
-  }
 };
+
+// Logits to weights of one query; returns what the sums of values are short of.
+inline float Softmax(float* w, int64_t count, int64_t stride, float asked, const float* low, const float* step,
+                     float* received) {
+  const F peak = Set(Largest(w, count, -3.0e38f));
+  F total = {};
+  for (int64_t s = 0; s < stride; s += kLanes) {  // what is behind the last slot is -3e38
+    const F power = Exp(Read<F>(w + s) - peak);
+    Write(w + s, power);
+    total += power;
+  }
+  for (int64_t s = count; s < stride; ++s) w[s] = 0.0f;
+  const float inverse = 1.0f / Sum(total);
+  float least = 0.0f;
+  for (int64_t s = 0; s < count; ++s) {
+    const float weight = w[s] * inverse;
+    if (received != nullptr) received[s] += asked * weight;
+    if (low != nullptr) least += weight * low[s];
+    w[s] = step == nullptr ? weight : weight * step[s];
+  }
+  return least;
+}
+
+// Calls `part(first, count, k, v)` for the live slots of a head, those of a page together.
+template <typename Part>
+void EachPart(const AttentionProblem& p, int64_t head, const Part& part) {
+  const int64_t first = p.start[head], last = p.length[head];
+  if (p.table == nullptr) {
+    const int64_t at = head * p.slots + first;
+    part(first, last - first, p.k.data + at * p.k.row_bytes, p.v.data + at * p.v.row_bytes);
+    return;
+  }
+  for (int64_t s = first; s < last;) {
+    const int64_t count = std::min(last, (s / p.page + 1) * p.page) - s;
+    const int64_t named = p.table[head / p.kv_heads * p.row_pages + s / p.page];
+    const int64_t page = std::min(std::max<int64_t>(named, 0), p.pages - 1);
+    const int64_t at = (page * p.kv_heads + head % p.kv_heads) * p.page + s % p.page;
+    part(s, count, p.k.data + at * p.k.row_bytes, p.v.data + at * p.v.row_bytes);
+    s += count;
+  }
+}
 
 void AttendHead(const AttentionProblem& p, int64_t head) {
   const int64_t first = p.start[head], count = std::max<int64_t>(p.length[head] - first, 0);
@@ -223,26 +243,23 @@ void AttendHead(const AttentionProblem& p, int64_t head) {
   if (received != nullptr) std::fill(received, received + p.slots, 0.0f);
   if (count == 0) return;
   const std::unique_ptr<float[]> weights(new float[static_cast<size_t>(p.group * stride)]);
-  const Head h = {p,
-                  first,
-                  count,
-                  stride,
-                  p.q + head * p.group * p.head_dim,
-                  p.k.data + (row + first) * p.k.row_bytes,
-                  p.v.data + (row + first) * p.v.row_bytes,
-                  weights.get(),
-                  y};
-  h.Product(p.k.held, false);
+  const auto product = [&](Held held, bool values) {
+    EachPart(p, head, [&](int64_t from, int64_t together, const uint8_t* k, const uint8_t* v) {
+      const float* q = p.q + head * p.group * p.head_dim;
+      Head{p, together, stride, q, k, v, weights.get() + from - first, y}.Product(held, values);
+    });
+  };
+  product(p.k.held, false);
   const float asked = p.asked == nullptr ? 0.0f : p.asked[head / p.kv_heads];
   const float* low = p.low == nullptr ? nullptr : p.low + row + first;
   const float* step = p.step == nullptr ? nullptr : p.step + row + first;
   for (int64_t g = 0; g < p.group; ++g) {
     float* w = weights.get() + g * stride;
     std::fill(w + count, w + stride, -3.0e38f);
-    const float least = h.Softmax(w, asked, low, step, received == nullptr ? nullptr : received + first);
+    const float least = Softmax(w, count, stride, asked, low, step, received == nullptr ? nullptr : received + first);
     std::fill(y + g * p.head_dim, y + (g + 1) * p.head_dim, least);
   }
-  h.Product(p.v.held, true);
+  product(p.v.held, true);
 }
 
 constexpr AttentionKernel kKernel = {AttendHead};

@@ -29,7 +29,8 @@ ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("de
 // Whether `x` holds vectors of `p.head_dim` numbers; `bits` are those of integers.
 bool Hold(const ffi::AnyBuffer& x, int64_t bits, const AttentionProblem& p, Slots* slots) {
   const auto dims = x.dimensions();
-  if (dims.size() != 4 || dims[0] * dims[1] != p.heads || dims[1] != p.kv_heads || dims[2] != p.slots) return false;
+  const int64_t first = p.table == nullptr ? p.heads / p.kv_heads : p.pages;
+  if (dims.size() != 4 || dims[0] != first || dims[1] != p.kv_heads || dims[2] != p.page) return false;
   slots->data = static_cast<const uint8_t*>(x.untyped_data());
   int64_t width = p.head_dim, size = 1;
   if (x.element_type() == ffi::F32) {
@@ -52,7 +53,8 @@ bool Hold(const ffi::AnyBuffer& x, int64_t bits, const AttentionProblem& p, Slot
 
 ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                            ffi::Buffer<ffi::F32> low, ffi::Buffer<ffi::F32> step, ffi::Buffer<ffi::S32> start,
-                           ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::F32> asked, int64_t k_bits, int64_t v_bits,
+                           ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::F32> asked,
+                           ffi::Buffer<ffi::S32> table, int64_t k_bits, int64_t v_bits,
                            int64_t variant, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> received) {
   const auto dims = q.dimensions();
   if (dims.size() != 4 || k.dimensions().size() != 4) return Bad("q, k and v must have four axes");
@@ -61,8 +63,16 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
   p.kv_heads = dims[1];
   p.group = dims[2];
   p.head_dim = dims[3];
-  p.slots = k.dimensions()[2];
+  p.page = p.slots = k.dimensions()[2];
+  p.pages = k.dimensions()[0];
+  if (table.element_count() != 0) {
+    if (table.dimensions().size() != 2 || table.dimensions()[0] != dims[0]) return Bad("table does not fit q");
+    p.table = table.typed_data();
+    p.row_pages = table.dimensions()[1];
+    p.slots = p.page * p.row_pages;
+  }
   if (p.heads == 0 || p.group == 0) return ffi::Error::Success();
+  if (p.slots == 0 || p.pages == 0) return Bad("k holds no slots");
   if (p.head_dim == 0 || p.head_dim % kMostAttentionLanes != 0) return Bad("head_dim is no multiple of 16");
   if (!Hold(k, k_bits, p, &p.k) || !Hold(v, v_bits, p, &p.v)) return Bad("k or v does not fit q");
   const auto heads = static_cast<size_t>(p.heads), slots = static_cast<size_t>(p.slots);
@@ -73,6 +83,7 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
   }
   if (y->element_count() != q.element_count()) return Bad("y does not fit q");
   if (p.v.held == Held::kBytes || p.v.held == Held::kNibbles) {
+    if (p.table != nullptr) return Bad("pages of coded values");
     if (low.element_count() != heads * slots || step.element_count() != heads * slots) return Bad("scales do not fit v");
     p.low = low.typed_data();
     p.step = step.typed_data();
@@ -118,6 +129,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxDecodeAttention, effjax::DecodeAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("k_bits")
                                   .Attr<int64_t>("v_bits")
                                   .Attr<int64_t>("variant")

@@ -20,8 +20,8 @@ def why_not(a: "Question") -> str:
     """Why the kernel does not take these operands, in one sentence; empty where it does."""
     if NATIVE.load() is None:
         return f"there is no native library: {NATIVE.why_not()}"
-    if a.table is not None:
-        return "the kernel takes slots side by side, not pages"
+    if a.table is not None and hasattr(a.v, "coding"):
+        return "the kernel takes pages of dense values"
     head_dim = a.q.shape[-1]
     if head_dim % MOST_LANES:
         return f"head_dim {head_dim}: the kernel takes multiples of {MOST_LANES}"
@@ -73,6 +73,7 @@ def decode_attention(a: "Question", *, variant: str = "auto") -> tuple[jax.Array
         a.start,
         a.length,
         none if a.asked is None else a.asked,
+        jnp.zeros((0, 0), jnp.int32) if a.table is None else a.table,
         k_bits=np.int64(k_bits),
         v_bits=np.int64(v_bits),
         variant=np.int64(variants.VARIANTS[variant]),

@@ -129,14 +129,14 @@ def choose(platform: str, a: Question) -> Implementation:
     """The implementation for a program on one device of a platform ("cpu", "tpu" or "cuda").
 
     Kernels where they take the operands and are fit for them (GPUs must be Hopper). Without one, codes go block by
-    block, and on a CPU so do dense slots in float32 while few of many are filled.
+    block, and on a CPU so do pages, and dense slots in float32 while few of many are filled.
     """
     names: dict[str, Implementation] = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}
     name = names[platform]
     if not why_not(name, a) and (name == "cpu" or not _kernel(name).unfit(a)):
         return name
     coded = isinstance(a.k, CodedSlots) or isinstance(a.v, CodedSlots)
-    if coded:
+    if coded or (name == "cpu" and a.table is not None):  # a page at a time stays in the cache of a processor
         return "blocked"
     single = a.k.dtype == a.v.dtype == jnp.float32  # XLA's CPU compiler has no fast product of blocks in 16 bits
     return "either" if name == "cpu" and single and a.slots >= _WORTH_BLOCKS else "reference"

@@ -388,7 +388,17 @@ void RunAttention(const char* name, const effjax::AttentionKernel* kernel) {
     p.kv_heads = Draw(1, 2);
     p.heads = p.kv_heads * Draw(1, 2);
     p.group = Draw(1, 7);
-    p.slots = Draw(1, 150);
+    p.page = p.slots = Draw(1, 150);
+    const bool paged = p.kv_heads == 1 && Draw(0, 1);  // pages of one head, in order, lie as its slots would
+    if (paged) {
+      p.page = Draw(1, 40);
+      p.row_pages = Draw(1, 6);
+      p.slots = p.page * p.row_pages;
+    }
+    p.pages = p.heads * p.row_pages;
+    Exact<int32_t> table(p.pages);
+    for (int64_t j = 0; j < p.pages; ++j) table[j] = static_cast<int32_t>(j);
+    if (paged) p.table = table.get();
     p.k.held = held();
     p.v.held = held();
     p.head_dim = 32 * Draw(1, 3);

@@ -55,6 +55,14 @@ def test_odd_shapes(batch, heads, group, slots, sixteens, variant, asked, seed):
     assert_answers(case, answer(case, variant, asked), 2e-6)
 
 
+@pytest.mark.parametrize("variant", RUNNABLE)
+@pytest.mark.parametrize(("page", "keys"), [(1, "dense"), (16, "dense"), (40, "channel-8")])
+def test_pages(variant, page, keys):
+    """What the table says behind the last page that is needed does not matter."""
+    case = random_case(batch=4, slots=page * 6, head_dim=32, page=page, keys=keys, window=True)
+    assert_answers(case, answer(case, variant), 2e-6)
+
+
 def test_large_logits_do_not_overflow():
     case = random_case(slots=70)
     case.q = case.q * 300
@@ -90,7 +98,7 @@ def test_what_is_refused_says_why():
     refused("keys in float16: the kernel takes float32 and bfloat16", dtype="float16")
     refused("keys coded by CQ-8c8b: the kernel takes integers", keys="cq-8-8")
     refused(r"values coded by PerToken\(bits=3.*takes 8 bits, or 4", values="token-3")
-    refused("the kernel takes slots side by side, not pages", slots=32, page=16)
+    refused("the kernel takes pages of dense values", slots=32, page=16, values="token-8")
     case = random_case(slots=20)
     with pytest.raises(ValueError, match="decode_attention: unknown variant 'sse'"):
         answer(case, "sse")

@@ -116,7 +116,8 @@ def test_what_is_chosen_for_a_cpu():
     assert chosen(slots=64, keys="channel-4") == chosen(slots=64, values="cq-8-8") == "blocked"
     assert chosen(slots=512, head_dim=24) == "either"
     assert chosen(slots=500, head_dim=24) == chosen(slots=512, dtype="float16") == "reference"
-    assert chosen(slots=64, page=16) == "reference"
+    assert chosen(slots=64, page=16) == "cpu"
+    assert chosen(slots=64, head_dim=24, page=16) == "blocked"
 
 
 def test_what_is_chosen_for_accelerators(monkeypatch):
