@@ -90,16 +90,21 @@ def make_room(cache: KVCache, method: EvictionMethod, length: int) -> KVCache:
     if min(sizes) >= length:
         return cache
 
-    def chosen(view: KVCache, layer: int) -> Array:
-        if sizes[layer] >= length:
-            return view.positions >= 0
-        lighter = method.of_layer(layer, len(sizes)).within(sizes[layer]).make_room(sizes[layer])
+    def lighter(view: KVCache, layer: int) -> KVCache:
         full = view.length >= view.slots
-        return jnp.where(full[..., None], lighter.keep(view), view.positions >= 0)
+        lighter_method = method.of_layer(layer, len(sizes)).within(view.slots).make_room(view.slots)
+        keep = jnp.where(full[..., None], lighter_method.keep(view), view.positions >= 0)
+        return compact(view, keep, view.slots)
 
-    most = sizes[0] if len(set(sizes)) == 1 else jnp.asarray(sizes, jnp.int32)[:, None, None]
-    full = jnp.any(cache.length >= most)
-    return jax.lax.cond(full, lambda cache: _compact_by(cache, chosen, sizes, sizes), lambda cache: cache, cache)
+    def moved(view: KVCache, layer: int) -> KVCache:
+        full = jnp.any(view.length >= view.slots)
+        return jax.lax.cond(full, partial(lighter, layer=layer), lambda view: view, view)
+
+    if cache.is_even:
+        return moved(cache, 0)
+    # Layers of different sizes are full at different times, and those that are not need not be moved.
+    layers = (one_layer(cache, i) for i in range(cache.layers))
+    return of_layers([moved(layer, i) if layer.slots < length else layer for i, layer in enumerate(layers)])
 
 
 def _compact_by(

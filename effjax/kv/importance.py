@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.kv.checks import check_whole
+from effjax.kv.order import order_statistic
 
 _BITS_OF_ONE = 0x3F800000  # 1.0 in float32; bit patterns of non-negative floats order as the floats do
 
@@ -96,7 +97,9 @@ class Importance:
         else:
             assert self.quantile is not None
             index = jnp.floor(self.quantile * jnp.maximum(visible - 1, 0).astype(jnp.float32)).astype(jnp.int32)
-            above = jax.lax.bitcast_convert_type(powers, jnp.int32) > _order_statistic(powers, seen, index)
+            bits = jax.lax.bitcast_convert_type(powers, jnp.int32)
+            shown = jnp.where(seen, bits, jnp.iinfo(jnp.int32).max)
+            above = bits > order_statistic(shown, index, low=0, high=_BITS_OF_ONE)
         return (above & seen).astype(jnp.float32)
 
     def add(
@@ -111,23 +114,3 @@ class Importance:
 
 
 ATTENTION_RECEIVED = Importance()
-
-
-def _order_statistic(
-    values: Float[Array, "*any slots"], seen: Bool[Array, "*any slots"], index: Int[Array, "*any 1"]
-) -> Int[Array, "*any 1"]:
-    """Bits of the `index`-th smallest of the seen values in [0, 1].
-
-    By halving the range of bit patterns, thirty passes of compare and sum: a sort of all scores of a prompt takes
-    several times as long.
-    """
-    bits = jnp.where(seen, jax.lax.bitcast_convert_type(values, jnp.int32), jnp.iinfo(jnp.int32).max)
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(bits <= middle, axis=-1, keepdims=True, dtype=jnp.int32) > index
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    low = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
-    return jax.lax.fori_loop(0, 30, halve, (low, low + _BITS_OF_ONE))[1]

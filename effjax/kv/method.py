@@ -12,6 +12,7 @@ from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, one_layer
 from effjax.kv.checks import check_whole, is_whole
 from effjax.kv.importance import Importance
+from effjax.kv.order import order_statistic, ordered_bits
 
 Budget = int | float | tuple[int, ...]
 
@@ -166,8 +167,9 @@ def keep_best(
     slot = jax.lax.broadcasted_iota(jnp.int32, cache.positions.shape, cache.positions.ndim - 1)
     filled = cache.positions >= 0
     recent = filled & (slot >= cache.length[..., None] - newest)
-    value = jnp.where(recent, jnp.inf, jnp.where(filled, scores, -jnp.inf))
-    # Slots are in order of tokens, so a stable sort of them backwards gives ties to the newer.
-    order = slots - 1 - jnp.argsort(-value[..., ::-1], axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    return filled & (rank < budget)
+    value = ordered_bits(jnp.where(recent, jnp.inf, jnp.where(filled, scores.astype(jnp.float32), -jnp.inf)))
+    least = order_statistic(value, jnp.full((*value.shape[:-1], 1), slots - budget, jnp.int32))
+    above, ties = value > least, value == least
+    room = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    newer = jnp.cumsum(ties[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1]  # of the ties, itself among them
+    return filled & (above | (ties & (newer <= room)))
