@@ -45,7 +45,7 @@ class GenerationStats:
         decode_s: seconds of the other tokens.
         weight_bytes: of the weights that a step reads: all but the token table, of which it reads a row for each of
             its rows, unless the table is the head too.
-        cache_bytes: of the cache that a step reads: all slots, filled or not.
+        cache_bytes: of the cache while decoding: all slots, filled or not, which is the most that a step reads of it.
         cache_slots: of each layer, in every row and head.
         full_cache_bytes: of a cache that holds the padded prompts and all new tokens as they are; None where nothing
             is evicted or coded.
