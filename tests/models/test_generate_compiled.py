@@ -181,6 +181,24 @@ def test_a_split_cache_gives_what_a_whole_one_gives(dense, window):
         chex.assert_trees_all_close(join_layers(apart), whole, atol=1e-5)
 
 
+def test_a_step_has_the_gradient_of_its_definition(dense):
+    """The kernel of a split cache has none of its own; a whole cache attends in plain jax."""
+    prompts, lengths = jnp.asarray(PROMPTS), jnp.asarray(LENGTHS)
+    _, whole = APPLY({"params": dense}, prompts, cache=new_cache(CONFIG, batch=3, slots=9), lengths=lengths)
+
+    def loss(params, keys, cache):
+        cache = cache.replace(k=keys)
+        logits, cache = APPLY({"params": params}, prompts[:, :1], cache=cache)
+        received = cache.scores[..., :4] ** 2
+        return jnp.sum(jnp.sin(logits)) + jnp.sum(received)
+
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(dense, whole.k, whole)
+    apart = split_layers(whole)
+    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(dense, apart.k, apart)
+    chex.assert_trees_all_close(found[0], expected[0], atol=1e-4)
+    chex.assert_trees_all_close(jnp.stack(found[1]), expected[1], atol=1e-4)
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_one_query_attends_as_many_do(group):
     """A token given alone gets the logits it gets at the end of a text that is given whole."""
