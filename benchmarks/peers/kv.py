@@ -7,8 +7,8 @@ share, the next 64 are read with what is left. kvpress runs in an environment of
 index where `--environment` has none; it gets the model as a Hugging Face directory and the windows as an array.
 
 `ObservedAttention` is kvpress's relative of H2O: the mean attention over queries, and no newest tokens that stay. It is
-listed, but not a twin. Its `PyramidKV` gives all layers one budget where the last would keep less than the window: at a
-half alone it is a twin. The others choose the same tokens by the same rule; where two differ, it is by ties and
+listed, but not a twin. Its `PyramidKV` gives all layers one budget where the last would keep less than the window, which
+it does not at a half. The others choose the same tokens by the same rule; where two differ, it is by ties and
 roundings of the scores. "Noise" is twice the standard error of the paired difference over windows.
 """
 
@@ -36,7 +36,6 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "TOVA": ("TOVAPress", {}),
     "StreamingLLM": ("StreamingLLMPress", {"n_sink": 4}),
 }
-FEWER = {"PyramidKV": 0.5}  # below which kvpress does something else
 RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {"H2O": ("ObservedAttentionPress", {})}
 
 
@@ -69,7 +68,7 @@ def compare(task: language_models.Task, worker: Worker, folder: Path) -> tuple[d
             same = ours.agreement(other)
             rows[f"{name}, {budget}"] = {"ours": ours.excess(whole), "kvpress": other.excess(their_whole)}
             rows[f"{name}, {budget}"] |= {"difference": difference, "noise": noise, "agreement": same}
-            if name in TWINS and share >= FEWER.get(name, 0):
+            if name in TWINS:
                 worst = max(worst, difference - noise)
             table.add_row(
                 name,
