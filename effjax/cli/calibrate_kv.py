@@ -18,7 +18,8 @@ class CalibrateKV:
     model: ModelName = "default"
     """Directory (dense or compressed), hub id, or "default"."""
     code: str = "cq2"
-    """cq1, cq2, cq4 (coupled channels, so many bits each), cq-8c8b and the like, kvquant1 to kvquant8, int1 to int8."""
+    """cq1, cq2, cq4 (coupled channels, so many bits each), cq-8c8b and the like, kvquant1 to kvquant8, int1 to int8;
+    nomad1, nomad2, nomad4 (keys alone, looked up: for long texts on a CPU)."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = Path("kv.safetensors")
     """File to write, kv.safetensors by default."""
     overwrite: Switch = False

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from effjax.kv.coders import KVCoders
     from effjax.kv.coding import KVCoding
     from effjax.kv.method import EvictionMethod
+    from effjax.kv.nomad import NoMAD
+    from effjax.kv.nomad_slots import NomadLayers
     from effjax.models.hf import LoadedModel
 
 _COUPLED = {1: (8, 8), 2: (4, 8), 4: (2, 8)}  # bits a channel: channels and bits of a code
-_CODES = "cq1, cq2, cq4 (bits a channel), cq-8c8b and the like, kvquant1 to kvquant8, int1 to int8"
+_CODES = (
+    "cq1, cq2, cq4 (bits a channel), cq-8c8b and the like, kvquant1 to kvquant8, int1 to int8, nomad1, nomad2, nomad4"
+)
 
 
 def eviction_method(name: str, budget: float) -> "EvictionMethod":
@@ -44,7 +48,7 @@ def eviction_method(name: str, budget: float) -> "EvictionMethod":
     return methods[name](budget=size)
 
 
-def coding(name: str, head_dim: int) -> "KVCoding":
+def coding(name: str, head_dim: int) -> "KVCoding | NoMAD":
     """The coding of a name, for heads of this width.
 
     Raises:
@@ -62,6 +66,11 @@ def coding(name: str, head_dim: int) -> "KVCoding":
     coupled = re.fullmatch(r"cq-(\d+)c(\d+)b", name)
     plain = re.fullmatch(r"(cq|kvquant|int)(\d+)", name)
     try:
+        if name in ("nomad1", "nomad2", "nomad4"):
+            method = kv.NoMAD(d_sub=int(name[-1]))
+            if head_dim % method.d_sub:
+                raise refused(f"{method.d_sub} channels do not divide a head of {head_dim}")
+            return method
         if coupled or (plain and plain[1] == "cq" and int(plain[2]) in _COUPLED):
             channels, bits = map(int, coupled.groups()) if coupled else _COUPLED[int(plain[2])]  # type: ignore[index]
             if channels < 1 or head_dim % channels:
@@ -77,7 +86,7 @@ def coding(name: str, head_dim: int) -> "KVCoding":
     raise refused("no such coding or file")
 
 
-def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KVCoders":
+def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KVCoders | NomadLayers":
     """The coders in a file, or those that the calibration text gives for a coding of this name.
 
     Raises:
@@ -92,7 +101,13 @@ def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KV
     from effjax.arrays.base import materialize
     from effjax.kv.capture import capture_kv
     from effjax.kv.coders import fit_layers
+    from effjax.kv.nomad import NoMAD
+    from effjax.kv.nomad_text import learn_layers
 
     method = coding(name, model.config.head_dim)
-    captured = capture_kv(model.config, materialize(model.params), calibrating.cut(model))
-    return fit_layers(method, captured, key=jax.random.key(calibrating.calibration_seed))
+    windows = calibrating.cut(model)
+    captured = capture_kv(model.config, materialize(model.params), windows)
+    key = jax.random.key(calibrating.calibration_seed)
+    if isinstance(method, NoMAD):
+        return learn_layers(method, model.config, captured, windows.shape[1], key=key)
+    return fit_layers(method, captured, key=key)

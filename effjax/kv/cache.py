@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from effjax.arrays.base import nbytes
 from effjax.errors import ConfigError
-from effjax.kv.coded_vectors import CodedVectors, change_slots, empty_slots
+from effjax.kv.coded_vectors import CodedVectors
 from effjax.kv.coders import KVCoders, check_layers
-from effjax.kv.coding import Coder
+from effjax.kv.held import resize_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+from effjax.kv.nomad_slots import NomadLayers, NomadSlots
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class KVCache:
 
     Attributes:
         k: keys, already rotated, `[layers, batch, kv_heads, slots, head_dim]`, or a tuple of `layers` arrays without
-            the first axis, or of `effjax.kv.coded_vectors.CodedVectors` where they are held as codes.
+            the first axis, or of `CodedVectors` or `NomadSlots` where they are held as codes (`effjax.kv.held`).
         v: values, like `k`.
         positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
         scores: float32, like `positions`: what each token has received so far, summed over queries and the query heads
@@ -80,7 +81,7 @@ class KVCache:
     @property
     def is_coded(self) -> bool:
         """Whether keys or values of a layer are held as codes."""
-        return self.is_split and any(isinstance(held, CodedVectors) for held in (*self.k, *self.v))
+        return self.is_split and any(isinstance(held, CodedVectors | NomadSlots) for held in (*self.k, *self.v))
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +102,7 @@ def init_cache(
     dtype: Any = jnp.float32,
     split: bool = False,
     importance: Importance = ATTENTION_RECEIVED,
-    coders: KVCoders | None = None,
+    coders: KVCoders | NomadLayers | None = None,
     frequencies: Any = None,
 ) -> KVCache:
     """An empty cache.
@@ -145,13 +146,9 @@ def init_cache(
     if coders is not None:
         _check_coders(coders, layers, frequencies)
 
-    def vectors(coded: Sequence[Coder | None] | None, turns: Any = None) -> Any:
-        shapes = [(batch, kv_heads, count, head_dim) for count in each]
-        if coded is not None:
-            return tuple(
-                jnp.zeros(shape, dtype) if coder is None else empty_slots(coder, shape, dtype, turns)
-                for coder, shape in zip(coded, shapes, strict=True)
-            )
+    shapes = [(batch, kv_heads, count, head_dim) for count in each]
+
+    def vectors() -> Any:
         if split or not even:
             return tuple(jnp.zeros(shape, dtype) for shape in shapes)
         return jnp.zeros((layers, *shapes[0]), dtype)
@@ -161,9 +158,14 @@ def init_cache(
             return jnp.full((*heads, each[0]), empty, dtype)
         return tuple(jnp.full((batch, kv_heads, count), empty, dtype) for count in each)
 
+    if coders is None:
+        k, v = vectors(), vectors()
+    else:
+        k = tuple(coders.empty_keys(i, shape, dtype, frequencies) for i, shape in enumerate(shapes))
+        v = tuple(coders.empty_values(i, shape, dtype) for i, shape in enumerate(shapes))
     return KVCache(
-        k=vectors(coders and coders.keys, None if coders is None or coders.rotated else frequencies),
-        v=vectors(coders and coders.values),
+        k=k,
+        v=v,
         positions=rows(-1, jnp.int32),
         scores=rows(0, jnp.float32),
         length=jnp.zeros(heads, jnp.int32),
@@ -172,7 +174,7 @@ def init_cache(
     )
 
 
-def _check_coders(coders: KVCoders, layers: int, frequencies: Any) -> None:
+def _check_coders(coders: KVCoders | NomadLayers, layers: int, frequencies: Any) -> None:
     check_layers(coders, layers)
     if coders.exact:
         raise ConfigError(
@@ -337,9 +339,7 @@ def _resize_even(cache: KVCache, slots: int) -> KVCache:
         return jax.lax.pad(kept, jnp.asarray(empty, x.dtype), widths)
 
     def vectors(held: Any) -> Any:
-        if isinstance(held, tuple):
-            return tuple(change_slots(layer, lambda x: fit(x, -2, 0)) for layer in held)
-        return fit(held, -2, 0)
+        return tuple(resize_slots(layer, slots) for layer in held) if isinstance(held, tuple) else fit(held, -2, 0)
 
     return cache.replace(
         k=vectors(cache.k),

@@ -1,7 +1,6 @@
-"""Keys or values of one layer of a cache, held as codes; and what a cache does with its slots, coded or not."""
+"""Keys or values of one layer of a cache, held as codes."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -134,22 +133,3 @@ def empty_slots(
         head_dim=shape[-1],
         dtype=jnp.dtype(dtype),
     )
-
-
-def write_slots(held: Any, at: At, x: Float[Array, "batch kv_heads length head_dim"]) -> Any:
-    """New tokens in their slots, of codes or of an array; a slot out of range is dropped."""
-    if isinstance(held, CodedVectors):
-        return held.write(at, x)
-    return held.at[at].set(x.astype(held.dtype), mode="drop")
-
-
-def read_slots(held: Any, positions: Int[Array, "batch kv_heads slots"]) -> Vectors:
-    """The vectors in all slots, of codes or of an array."""
-    return held.read(positions) if isinstance(held, CodedVectors) else held
-
-
-def change_slots(held: Any, change: Callable[[Array], Array]) -> Any:
-    """`change` of every array whose last axis but one is that of the slots; tables stay as they are."""
-    if isinstance(held, CodedVectors):
-        return dataclasses.replace(held, tokens={name: change(x) for name, x in held.tokens.items()})
-    return change(held)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from effjax.errors import ConfigError
+from effjax.kv.coded_vectors import empty_slots
 from effjax.kv.coding import Coder, KVCoding, fit
+from effjax.kv.nomad_slots import NomadLayers
 
 if TYPE_CHECKING:
     from effjax.kv.capture import CapturedKV
@@ -29,6 +31,25 @@ class KVCoders:
     values: tuple[Coder | None, ...]
     rotated: bool = dataclasses.field(default=False, metadata={"static": True})
     exact: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def layers(self) -> int:
+        if len(self.keys) != len(self.values):
+            raise ConfigError(
+                f"there are coders for the keys of {len(self.keys)} layers and the values of {len(self.values)}"
+            )
+        return len(self.keys)
+
+    def empty_keys(self, layer: int, shape: tuple[int, int, int, int], dtype: Any, frequencies: Any) -> Any:
+        """No key in slots for `shape` `[batch, kv_heads, slots, head_dim]`, see `empty_slots`."""
+        coder = self.keys[layer]
+        turns = None if self.rotated else frequencies
+        return jnp.zeros(shape, dtype) if coder is None else empty_slots(coder, shape, dtype, turns)
+
+    def empty_values(self, layer: int, shape: tuple[int, int, int, int], dtype: Any) -> Any:
+        """The same for values."""
+        coder = self.values[layer]
+        return jnp.zeros(shape, dtype) if coder is None else empty_slots(coder, shape, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +93,10 @@ def fit_layers(
     )
 
 
-def check_layers(coders: KVCoders, layers: int) -> None:
+def check_layers(coders: KVCoders | NomadLayers, layers: int) -> None:
     """Raises ConfigError where there is not one coder for each layer."""
-    if not len(coders.keys) == len(coders.values) == layers:
+    if coders.layers != layers:
         raise ConfigError(
-            f"there are coders for {len(coders.keys)} layers, the model has {layers}; learn them with fit_layers on "
+            f"there are coders for {coders.layers} layers, the model has {layers}; learn them with fit_layers on "
             "this model"
         )

@@ -13,23 +13,24 @@ from safetensors.numpy import save
 
 from effjax.errors import CheckpointError
 from effjax.io.directory import file_renamed_when_whole
-from effjax.io.safetensors_file import read_entries
+from effjax.io.safetensors_file import TensorEntry, read_entries
 from effjax.kv.coders import KVCoders
 from effjax.kv.coding import Coder
 from effjax.kv.cq import CQ
 from effjax.kv.integer import PerChannel, PerToken
 from effjax.kv.kvquant import LevelKeys, LevelValues
+from effjax.kv.nomad_slots import NomadLayers
 
 _FORMAT = "effjax kv coders 1"
 _PARTS = ("keys", "values")
 
 
-def save_coders(file: str | Path, coders: KVCoders, *, overwrite: bool = False) -> None:
+def save_coders(file: str | Path, coders: KVCoders | NomadLayers, *, overwrite: bool = False) -> None:
     """Writes the coders of a model, whole or not at all.
 
     Args:
         file: to be written.
-        coders: as `effjax.kv.coders.fit_layers` learned them.
+        coders: as `effjax.kv.coders.fit_layers` learned them, or codebooks of `effjax.kv.nomad_text.learn_layers`.
         overwrite: replaces a file that exists already.
 
     Raises:
@@ -45,6 +46,10 @@ def save_coders(file: str | Path, coders: KVCoders, *, overwrite: bool = False) 
         ...     load_coders(f"{folder}/kv.safetensors").keys[0].coding
         CQ(channels=4, bits=4, fisher=False, iterations=50, table_dtype='float16')
     """
+    if isinstance(coders, NomadLayers):
+        books = {f"layers.{layer}.books": np.asarray(book) for layer, book in enumerate(coders.books)}
+        _write(file, books, {"nomad": coders.layers}, overwrite)
+        return
     tensors: dict[str, np.ndarray] = {}
     told: dict[str, Any] = {"rotated": coders.rotated, "exact": coders.exact}
     for part in _PARTS:
@@ -54,11 +59,15 @@ def save_coders(file: str | Path, coders: KVCoders, *, overwrite: bool = False) 
             tables = {} if coder is None or coder.tables is None else coder.tables
             for name, x in (tables if isinstance(tables, dict) else {"": tables}).items():
                 tensors[f"layers.{layer}.{part}" + (f".{name}" if name else "")] = np.asarray(x)
+    _write(file, tensors, told, overwrite)
+
+
+def _write(file: str | Path, tensors: dict[str, np.ndarray], told: dict[str, Any], overwrite: bool) -> None:
     with file_renamed_when_whole(Path(file), overwrite=overwrite) as stream:
         stream.write(save(tensors, metadata={"format": _FORMAT, "coders": json.dumps(told)}))
 
 
-def load_coders(file: str | Path) -> KVCoders:
+def load_coders(file: str | Path) -> KVCoders | NomadLayers:
     """The coders that `save_coders` wrote.
 
     Raises:
@@ -78,6 +87,8 @@ def load_coders(file: str | Path) -> KVCoders:
         )
     try:
         told = json.loads(metadata["coders"])
+        if "nomad" in told:
+            return _lookups(file, entries, int(told["nomad"]))
         parts = {part: [_from_json(file, entry) for entry in told[part]] for part in _PARTS}
         rotated, exact = bool(told["rotated"]), int(told["exact"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -99,6 +110,13 @@ def load_coders(file: str | Path) -> KVCoders:
 
     keys, values = (tuple(coder(part, i, coding) for i, coding in enumerate(parts[part])) for part in _PARTS)
     return KVCoders(keys=keys, values=values, rotated=rotated, exact=exact)
+
+
+def _lookups(file: Path, entries: dict[str, TensorEntry], layers: int) -> NomadLayers:
+    names = [f"layers.{layer}.books" for layer in range(layers)]
+    if set(names) != set(entries):
+        raise CheckpointError(f"{file.name}: holds {sorted(entries)}, not {names}; write the file again")
+    return NomadLayers(books=tuple(jnp.asarray(entries[name].read()) for name in names))
 
 
 def _codings() -> dict[str, Any]:

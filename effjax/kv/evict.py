@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 
 from effjax.errors import ConfigError
 from effjax.kv.cache import KVCache, join_layers, of_layers, one_layer, slots_of_layers
-from effjax.kv.coded_vectors import change_slots
+from effjax.kv.held import take_slots
 from effjax.kv.method import EvictionMethod
 
 
@@ -133,16 +133,10 @@ def compact(cache: KVCache, keep: Bool[Array, "layers batch kv_heads slots"], sl
         taken = jnp.where(filled, jnp.take_along_axis(x, order, axis=-1), jnp.asarray(empty, x.dtype))
         return _pad(taken, -1, extra, empty)
 
-    def vectors(x: Array, *, order: Array, filled: Array) -> Array:
-        taken = jnp.take_along_axis(x, order[..., None], axis=-2)
-        return _pad(jnp.where(filled[..., None], taken, jnp.zeros((), x.dtype)), -2, extra, 0)
-
     def moved(x: Any) -> Any:
         if cache.is_split:
-            return tuple(
-                change_slots(layer, partial(vectors, order=order[i], filled=filled[i])) for i, layer in enumerate(x)
-            )
-        return vectors(x, order=order, filled=filled)
+            return tuple(take_slots(x[i], order[i], filled[i], cache.length[i], slots) for i in range(cache.layers))
+        return take_slots(x, order, filled, cache.length, slots)
 
     return cache.replace(
         k=moved(cache.k),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.kv.cache import KVCache
-from effjax.kv.coded_vectors import CodedVectors, read_slots, write_slots
+from effjax.kv.coded_vectors import CodedVectors
+from effjax.kv.held import read_slots, write_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 
 
@@ -57,7 +58,7 @@ class LayerCache:
         return read_slots(self.k, self.positions), read_slots(self.v, self.positions)
 
     def operands(self) -> tuple[Any, Any]:
-        """The same for `effjax.ops.decode_attention`, which decodes codes piece by piece."""
+        """The same for `effjax.models.attention.attend_to_filled`, which decodes codes piece by piece."""
 
         def one(held: Any) -> Any:
             return held.operand(self.positions) if isinstance(held, CodedVectors) else held

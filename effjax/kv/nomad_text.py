@@ -12,28 +12,12 @@ from jaxtyping import Array, Float, Int, Key
 from effjax.errors import ConfigError
 from effjax.kv.capture import CapturedKV
 from effjax.kv.nomad import BLOCK, ENTRIES, Codebooks, NoMAD, nearest, query_table
+from effjax.kv.nomad_slots import NomadLayers
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import DecoderApply, unstack_layers
 from effjax.models.rope import rotary_angles, rotate
 
 PyTree = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NomadLayers:
-    """The codebooks of all layers, and how logits are made of them.
-
-    Attributes:
-        books: `[kv_heads, subs, 16, d_sub]` of each layer.
-        eight_bits: tables are brought to 8 bits, as in decoding; False keeps them in float32.
-        recent: a query reads the keys of its own block of 32 as they are, until that is full, as in decoding; False
-            codes every key, its own too.
-    """
-
-    books: tuple[Any, ...]
-    eight_bits: bool = dataclasses.field(default=True, metadata={"static": True})
-    recent: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 def rotated(

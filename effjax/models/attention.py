@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+from effjax.kv.nomad_slots import NomadSlots
 from effjax.ops.attention import decode_attention
 
 _RUN_SCORES, _LEAST_RUN = 2**20, 16  # scores of a run: 4 MiB in float32
@@ -85,8 +86,12 @@ def attend_to_filled(
     """`attend_to_slots` of one query a row that sees every filled slot: what stays unread costs nothing.
 
     Keys and values are `[batch, kv_heads, slots, head_dim]`, or codes (`effjax.ops.CodedSlots`). A kernel runs where
-    there is one, see `effjax.ops.decode_attention`; derivatives are those of its definition.
+    there is one, see `effjax.ops.decode_attention`; derivatives are those of its definition. Keys that are looked up
+    (`NomadSlots`) have no derivatives.
     """
+    if isinstance(k, NomadSlots):
+        y, received = k.attend(q[:, 0], v, length, asked[:, 0])
+        return y[:, None], received
     y, received = _attend_to_filled(q[:, 0], k, v, length, asked[:, 0])
     return y[:, None], received
 

@@ -14,6 +14,7 @@ from effjax.arrays.base import is_compressed
 from effjax.kv.cache import KVCache, init_cache
 from effjax.kv.coders import KVCoders
 from effjax.kv.method import EvictionMethod
+from effjax.kv.nomad_slots import NomadLayers
 from effjax.models.generate import (
     check,
     cut_to_budget,
@@ -262,7 +263,7 @@ def generate_text_measured(
     params: PyTree | None = None,
     kv: EvictionMethod | None = None,
     prefill_chunk: int | None = None,
-    coders: KVCoders | None = None,
+    coders: KVCoders | NomadLayers | None = None,
 ) -> tuple[list[str], GenerationStats]:
     """`generate_text`, and what it took without compiling.
 

@@ -19,6 +19,7 @@ from effjax.kv.cache import KVCache, add_scores, init_cache, write_layer
 from effjax.kv.coders import KVCoders
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 from effjax.kv.layer_cache import LayerCache, close_layers, open_layers
+from effjax.kv.nomad_slots import NomadLayers
 from effjax.models.attention import attend, attend_to_filled, attend_to_slots
 from effjax.models.config import DecoderConfig
 from effjax.models.rope import frequencies, rotary_angles, rotate
@@ -373,7 +374,7 @@ def new_cache(
     dtype: Any = None,
     split: bool = False,
     importance: Importance = ATTENTION_RECEIVED,
-    coders: KVCoders | None = None,
+    coders: KVCoders | NomadLayers | None = None,
 ) -> KVCache:
     """An empty cache that fits `config`; `dtype` defaults to the one computed in.
 

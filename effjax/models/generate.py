@@ -15,6 +15,7 @@ from effjax.kv.cache import KVCache, resize
 from effjax.kv.coders import KVCoders
 from effjax.kv.evict import check_importance, make_room
 from effjax.kv.method import EvictionMethod
+from effjax.kv.nomad_slots import NomadLayers
 from effjax.models.decoder import new_cache
 from effjax.models.generate_evicting import (
     EvictionPlan,
@@ -251,7 +252,7 @@ def generate_text(
     params: PyTree | None = None,
     kv: EvictionMethod | None = None,
     prefill_chunk: int | None = None,
-    coders: KVCoders | None = None,
+    coders: KVCoders | NomadLayers | None = None,
 ) -> list[str]:
     """Continues texts.
 
@@ -310,7 +311,7 @@ def encode_prompts(
     max_new_tokens: int,
     kv: EvictionMethod | None = None,
     prefill_chunk: int | None = None,
-    coders: KVCoders | None = None,
+    coders: KVCoders | NomadLayers | None = None,
 ) -> Prompts:
     """The arguments of `generate` for texts; see `generate_text`."""
     if isinstance(prompts, str) or not prompts:

@@ -17,6 +17,7 @@ from effjax.kv.coders import KVCoders
 from effjax.kv.evict import evict_to
 from effjax.kv.importance import ATTENTION_RECEIVED
 from effjax.kv.method import EvictionMethod
+from effjax.kv.nomad_slots import NomadLayers
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import new_cache
 
@@ -73,7 +74,7 @@ def new_evicting_cache(
     max_new_tokens: int,
     prefill_chunk: int | None = None,
     dtype: Any = None,
-    coders: KVCoders | None = None,
+    coders: KVCoders | NomadLayers | None = None,
 ) -> KVCache:
     """An empty cache for `generate(..., kv=kv, prefill_chunk=prefill_chunk)`: the budget, and room for a chunk.
 

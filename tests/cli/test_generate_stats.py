@@ -88,6 +88,9 @@ def test_coded_cache(effjax: Callable[[str], Ran], work: Path) -> None:
     assert made.code == 0 and "kv.safetensors: cq-4c4b, 1 bits a number, tables of " in made.err, made.err
     named, filed = effjax(f"{drawn} --kv-code cq-4c4b {windows}"), effjax(f"{drawn} --kv-code kv.safetensors")
     assert named.code == filed.code == 0 and named.out == filed.out, filed.err
+    looked_up = effjax(f"calibrate-kv tiny --code nomad2 --out nomad.safetensors {windows}")
+    assert looked_up.code == 0 and "nomad2, 2 bits a number" in looked_up.err, looked_up.err
+    assert effjax(f"{drawn} --kv-code nomad.safetensors").code == 0
     both = effjax(f"{drawn} --kv-code kv.safetensors --kv h2o --kv-budget 0.25 --prefill-chunk 8")
     assert both.code == 0 and "cache: 14 slots a head" in both.err, both.err
 

@@ -16,6 +16,7 @@ from effjax.kv.coded_vectors import empty_slots
 from effjax.kv.coders import fit_layers
 from effjax.kv.coders_file import load_coders, save_coders
 from effjax.kv.coding import fit
+from effjax.kv.nomad_slots import NomadLayers
 
 METHODS = {
     "cq": CQ(channels=4, bits=3, iterations=2),
@@ -40,6 +41,18 @@ def test_they_come_back(tmp_path, name):
     chex.assert_trees_all_equal(found, coders)
     assert jax.tree.structure(found) == jax.tree.structure(coders)
     assert [file.name for file in tmp_path.iterdir()] == ["kv.safetensors"]
+
+
+def test_codebooks_of_lookups_come_back(tmp_path):
+    books = tuple(jax.random.normal(jax.random.key(i), (2, 4, 16, 2)) for i in range(2))
+    save_coders(tmp_path / "kv.safetensors", NomadLayers(books=books))
+    chex.assert_trees_all_equal(load_coders(tmp_path / "kv.safetensors"), NomadLayers(books=books))
+    told = {"format": "effjax kv coders 1", "coders": '{"nomad": 3}'}
+    save_file({f"layers.{i}.books": np.asarray(book) for i, book in enumerate(books)}, tmp_path / "kv", metadata=told)
+    with pytest.raises(
+        CheckpointError, match=r"kv: holds \['layers.0.books', 'layers.1.books'\], not .*write the file"
+    ):
+        load_coders(tmp_path / "kv")
 
 
 def test_a_file_is_not_replaced_unasked(tmp_path):
