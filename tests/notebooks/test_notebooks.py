@@ -25,8 +25,9 @@ def test_runs_without_error_or_warning(path, monkeypatch):
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", f"cell {cell.id} wrote to stderr: {output['text']}"
-    printed = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
-    assert len(printed) >= 10, "hardly any cell printed something: did the notebook run?"
+    # Lines, as the kernel joins what is printed in quick succession.
+    printed = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
+    assert "".join(printed).count("\n") > 10, "hardly a line was printed: did the notebook run?"
 
 
 def test_all_are_found():
