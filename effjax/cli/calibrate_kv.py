@@ -27,16 +27,15 @@ class CalibrateKV:
     calibrating: CalibratingKV = dataclasses.field(default_factory=CalibratingKV)
 
     def run(self) -> int:
-        from effjax.cli.kv import coders, coding
+        from effjax.cli.kv import learned
         from effjax.kv.coders_file import save_coders
 
         if self.out.exists() and not self.overwrite:
             raise CheckpointError(f"{self.out} exists already: choose another --out, or add --overwrite to replace it")
         model = open_model(self.model).model
-        coding(self.code, model.config.head_dim)  # before anything is run
-        learned = coders(self.code, model, self.calibrating)
-        save_coders(self.out, learned, overwrite=self.overwrite)
+        coders = learned(self.code, model, self.calibrating)
+        save_coders(self.out, coders, overwrite=self.overwrite)
         shape = (1, model.config.num_key_value_heads, 1024, model.config.head_dim)
-        bits = learned.bits_per_channel(shape, tables=False)
-        say(f"{self.out}: {self.code}, {bits:.3g} bits a number, tables of {learned.nbytes:,} bytes")
+        bits = coders.bits_per_channel(shape, tables=False)
+        say(f"{self.out}: {self.code}, {bits:.3g} bits a number, tables of {coders.nbytes:,} bytes")
         return 0

@@ -63,25 +63,25 @@ def coding(name: str, head_dim: int) -> "KVCoding | NoMAD":
     def refused(why: str) -> ConfigError:
         return ConfigError(f"--kv-code {name}: {why}; choose {_CODES}, or a file that `effjax calibrate-kv` wrote")
 
+    def dividing(channels: int) -> int:
+        if channels < 1 or head_dim % channels:
+            raise refused(f"{channels} channels do not divide a head of {head_dim}")
+        return channels
+
     coupled = re.fullmatch(r"cq-(\d+)c(\d+)b", name)
     plain = re.fullmatch(r"(cq|kvquant|int)(\d+)", name)
     try:
         if name in ("nomad1", "nomad2", "nomad4"):
-            method = kv.NoMAD(d_sub=int(name[-1]))
-            if head_dim % method.d_sub:
-                raise refused(f"{method.d_sub} channels do not divide a head of {head_dim}")
-            return method
+            return kv.NoMAD(d_sub=dividing(int(name[-1])))
         if coupled or (plain and plain[1] == "cq" and int(plain[2]) in _COUPLED):
             channels, bits = map(int, coupled.groups()) if coupled else _COUPLED[int(plain[2])]  # type: ignore[index]
-            if channels < 1 or head_dim % channels:
-                raise refused(f"{channels} channels do not divide a head of {head_dim}")
-            return kv.CQ(channels=channels, bits=bits)
+            return kv.CQ(channels=dividing(channels), bits=bits)
         if plain and plain[1] != "cq":
             kinds: dict[str, Any] = {"kvquant": kv.KVQuant, "int": kv.IntKV}
             return kinds[plain[1]](bits=int(plain[2]), head_dim=head_dim)
+    except ConfigError:
+        raise
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
         raise refused(str(error)) from error
     raise refused("no such coding or file")
 
@@ -96,6 +96,15 @@ def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KV
         from effjax.kv.coders_file import load_coders
 
         return load_coders(name)
+    return learned(name, model, calibrating)
+
+
+def learned(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KVCoders | NomadLayers":
+    """The coders that the calibration text gives for the coding of a name.
+
+    Raises:
+        ConfigError, CalibrationError: no such name, a text that is too short.
+    """
     import jax
 
     from effjax.arrays.base import materialize

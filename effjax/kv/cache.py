@@ -332,19 +332,17 @@ def resize(cache: KVCache, slots: int | Sequence[int]) -> KVCache:
 
 
 def _resize_even(cache: KVCache, slots: int) -> KVCache:
-    def fit(x: Array, axis: int, empty: float) -> Array:
-        kept = jax.lax.slice_in_dim(x, 0, min(slots, cache.slots), axis=axis)
-        widths = [(0, 0, 0)] * x.ndim
-        widths[axis] = (0, max(slots - cache.slots, 0), 0)
-        return jax.lax.pad(kept, jnp.asarray(empty, x.dtype), widths)
+    def rows(x: Array, empty: float) -> Array:
+        kept = x[..., : min(slots, cache.slots)]
+        return jnp.pad(kept, [(0, 0)] * (x.ndim - 1) + [(0, max(slots - cache.slots, 0))], constant_values=empty)
 
     def vectors(held: Any) -> Any:
-        return tuple(resize_slots(layer, slots) for layer in held) if isinstance(held, tuple) else fit(held, -2, 0)
+        return tuple(resize_slots(x, slots) for x in held) if isinstance(held, tuple) else resize_slots(held, slots)
 
     return cache.replace(
         k=vectors(cache.k),
         v=vectors(cache.v),
-        positions=fit(cache.positions, -1, -1),
-        scores=fit(cache.scores, -1, 0),
+        positions=rows(cache.positions, -1),
+        scores=rows(cache.scores, 0),
         length=jnp.minimum(cache.length, slots),
     )

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
-from effjax.kv.coding import Coded, Coder
+from effjax.kv.coding import At, Coded, Coder, Vectors
 from effjax.models.rope import rotate
 from effjax.ops.coded_slots import CodedSlots
 
-Vectors = Float[Array, "batch kv_heads slots head_dim"]
 POSITIONS = "positions"
-At = tuple[Int[Array, "batch kv_heads length"], ...]
 
 
 @jax.tree_util.register_dataclass

@@ -91,9 +91,9 @@ def load_coders(file: str | Path) -> KVCoders | NomadLayers:
             return _lookups(file, entries, int(told["nomad"]))
         parts = {part: [_from_json(file, entry) for entry in told[part]] for part in _PARTS}
         rotated, exact = bool(told["rotated"]), int(told["exact"])
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{file.name}: the description of its coders is damaged ({error})") from error
     found: dict[str, Any] = {part: {} for part in _PARTS}
     for name, entry in entries.items():

@@ -15,6 +15,7 @@ from effjax.kv.checks import is_whole
 
 PyTree = Any
 Vectors = Float[Array, "*L kv_heads slots head_dim"]
+At = tuple[Int[Array, "batch kv_heads length"], ...]  # row, head and slot of every new token
 
 
 @jax.tree_util.register_dataclass

@@ -127,11 +127,10 @@ def compact(cache: KVCache, keep: Bool[Array, "layers batch kv_heads slots"], sl
     keep = keep & (cache.positions >= 0)
     order = jnp.argsort(~keep, axis=-1, stable=True)[..., :count]
     filled = jnp.take_along_axis(keep, order, axis=-1)
-    extra = slots - count
 
     def rows(x: Array, empty: Any) -> Array:
         taken = jnp.where(filled, jnp.take_along_axis(x, order, axis=-1), jnp.asarray(empty, x.dtype))
-        return _pad(taken, -1, extra, empty)
+        return jnp.pad(taken, [(0, 0)] * (x.ndim - 1) + [(0, slots - count)], constant_values=empty)
 
     def moved(x: Any) -> Any:
         if cache.is_split:
@@ -145,9 +144,3 @@ def compact(cache: KVCache, keep: Bool[Array, "layers batch kv_heads slots"], sl
         scores=rows(cache.scores, 0.0),
         length=jnp.sum(filled, axis=-1, dtype=jnp.int32),
     )
-
-
-def _pad(x: Array, axis: int, extra: int, empty: Any) -> Array:
-    widths = [(0, 0, 0)] * x.ndim
-    widths[axis] = (0, extra, 0)
-    return jax.lax.pad(x, jnp.asarray(empty, x.dtype), widths)

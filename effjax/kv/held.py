@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.kv.coded_vectors import CodedVectors
+from effjax.kv.coding import At
 from effjax.kv.nomad_slots import NomadSlots
-
-At = tuple[Int[Array, "batch kv_heads length"], ...]
 
 
 def write_slots(held: Any, at: At, x: Float[Array, "batch kv_heads length head_dim"]) -> Any:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.arrays.base import nbytes
 from effjax.errors import ConfigError
+from effjax.kv.coding import At
 from effjax.kv.nomad import BLOCK, from_blocks, nearest, to_blocks
 from effjax.kv.nomad_attention import NomadKeys, append_key, decoded_keys, init_keys, nomad_attention, take_keys
-
-At = tuple[Int[Array, "batch kv_heads length"], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +42,7 @@ class NomadLayers:
     @property
     def nbytes(self) -> int:
         """Bytes of all codebooks."""
-        return sum(book.nbytes for book in self.books)
+        return nbytes(self.books)
 
     def bits_per_channel(self, shape: tuple[int, ...], *, tables: bool = True) -> float:
         """Bits of a coded number of a key: `4 / d_sub`; see `effjax.kv.coders.KVCoders.bits_per_channel`."""

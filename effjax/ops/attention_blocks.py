@@ -4,7 +4,6 @@ Source: the running maximum and sum of Milakov and Gimelshein, Online normalizer
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,7 +101,7 @@ def blocked(a: Question, block: int) -> tuple[Array, Array | None]:
     start = [state(shape, _LEAST), state(shape, 0), state((*shape, head_dim), 0)]
     if a.asked is not None:
         start.append(state((*shape, a.slots), 0))
-    peak, total, y, *kept = _loop(first, count, add, tuple(start))
+    peak, total, y, *kept = jax.lax.fori_loop(first, count, add, tuple(start))
     inverse = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
     y = (y * inverse[..., None]).astype(a.q.dtype)
     if a.asked is None:
@@ -117,7 +116,7 @@ def blocked(a: Question, block: int) -> tuple[Array, Array | None]:
         given = jnp.sum(powers * shares[..., None], axis=2)
         return jax.lax.dynamic_update_slice_in_dim(received, given, at, axis=2)
 
-    return y, _loop(first, count, give, state((batch, heads, a.slots), 0))
+    return y, jax.lax.fori_loop(first, count, give, state((batch, heads, a.slots), 0))
 
 
 def _logits(a: Question, k: Array) -> Float[Array, "batch kv_heads group slots"]:
@@ -158,7 +157,3 @@ def _rows_of(pages: Slots, table: Int[Array, "batch pages_per_row"]) -> Array:
     if isinstance(pages, CodedSlots):
         return pages.with_tokens({name: gather(x) for name, x in pages.tokens.items()})
     return gather(pages)
-
-
-def _loop(first: Array, count: Array, step: Callable[[Array, Any], Any], start: Any) -> Any:
-    return jax.lax.fori_loop(first, count, step, start)
