@@ -10,15 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt32
 
 from effjax.arrays.base import CompressedArray, Spec, full_spec, register, static
-
-
-def mix(x: jax.Array) -> jax.Array:
-    """Murmur3's 32-bit finaliser: a bijection on uint32 whose every output bit depends on every input bit."""
-    x = x ^ (x >> 16)
-    x = x * jnp.uint32(0x85EBCA6B)
-    x = x ^ (x >> 13)
-    x = x * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+from effjax.hashing.integers import mix
 
 
 def slots_and_signs(

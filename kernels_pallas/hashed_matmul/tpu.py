@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from effjax.arrays.hashed import Hashed, mix
+from effjax.arrays.hashed import Hashed
+from effjax.hashing.integers import mix
 from kernels_pallas.frame import Operand, Weights, live_weights, multiply
 from kernels_pallas.words import LANES, pad_to, round_up
 

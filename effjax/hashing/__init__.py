@@ -1,0 +1,1 @@
+"""Hash families, and the sketches made of them."""
