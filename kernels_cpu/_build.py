@@ -6,6 +6,7 @@ it runs in build environments that hold nothing else.
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -47,10 +48,11 @@ LINK_FLAGS = ("-shared", "-pthread")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What became of a build: whether there is a library, and one sentence about it."""
+    """What became of a build: whether there is a library, one sentence about it, and a digest of what it was made of."""
 
     built: bool
     message: str
+    inputs: str = ""
 
     def write(self, directory: pathlib.Path) -> None:
         """Leaves the record next to the library, where `kernels_cpu.why_not()` finds it."""
@@ -141,12 +143,31 @@ def _compile(compiler: list[str], sources: list[pathlib.Path], include: pathlib.
         return ""
 
 
+def digest_of_inputs(compiler: list[str], sources: list[pathlib.Path], include: pathlib.Path) -> str:
+    """SHA-256 over all that decides what a library holds: the command, its flags, the sources and the headers."""
+    digest = hashlib.sha256(repr((compiler, COMPILE_FLAGS, LINK_FLAGS, platform.machine())).encode())
+    headers = [header for source in sources[:1] for header in sorted(source.parent.glob("*.h"))]
+    for path in (*sources, *headers, *sorted((include / FFI_HEADER).parent.glob("*.h"))):
+        digest.update(repr((path.name, variant_flags(path))).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _made_of(target_directory: pathlib.Path) -> str:
+    """The digest that the library in a directory was built from; empty without a library or a record of it."""
+    try:
+        record = json.loads((target_directory / RECORD_NAME).read_text(encoding="utf-8"))
+        return record["inputs"] if record["built"] and (target_directory / LIBRARY_NAME).is_file() else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def build(
     source_directory: pathlib.Path, target_directory: pathlib.Path, environ: Mapping[str, str] | None = None
 ) -> BuildResult:
     """Builds every `*.cc` of `source_directory` into one library in `target_directory`.
 
-    A library of an earlier build is removed when this one fails: an old one beside new Python code is worse than none.
+    A library that was made of the very same inputs is kept as it is. One of an earlier build is removed when this one
+    fails: an old one beside new Python code is worse than none.
 
     Args:
         source_directory: where the C++ sources lie.
@@ -161,15 +182,21 @@ def build(
     target = target_directory / LIBRARY_NAME
     compiler, error = find_compiler(environ)
     include, header_error = find_headers(environ)
+    inputs = ""
     if compiler is not None and include is None:
         error = header_error
     if compiler is not None and include is not None:
-        error = _compile(compiler, sorted(source_directory.glob("*.cc")), include, target)
+        sources = sorted(source_directory.glob("*.cc"))
+        inputs = digest_of_inputs(compiler, sources, include)
+        if _made_of(target_directory) == inputs:
+            return BuildResult(built=True, message="unchanged since they were built", inputs=inputs)
+        error = _compile(compiler, sources, include, target)
     if error:
         target.unlink(missing_ok=True)
         result = BuildResult(built=False, message=error)
     else:
-        result = BuildResult(built=True, message=f"built with {pathlib.Path((compiler or [''])[0]).name}")
+        message = f"built with {pathlib.Path((compiler or [''])[0]).name}"
+        result = BuildResult(built=True, message=message, inputs=inputs)
     result.write(target_directory)
     return result
 

@@ -22,12 +22,51 @@ def bytes_of(*values):
     return np.array(values, np.uint8)
 
 
-def test_built_with_a_compiler_and_usable(tmp_path):
-    result = _build.build(SOURCES, tmp_path)
+@pytest.fixture
+def few_sources(tmp_path):
+    """The source that answers questions, and names for the handlers, which loading only looks up: quick to build."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    names = "".join(f"EFFJAX_EXPORT void {name}() {{}}\n" for name in _native.HANDLERS)
+    (sources / "handlers.cc").write_text(f'#include "cpu.h"\n{names}', encoding="utf-8")
+    for name in ("cpu_features.cc", *(path.name for path in SOURCES.glob("*.h"))):
+        shutil.copy(SOURCES / name, sources)
+    return sources
+
+
+def test_built_with_a_compiler_and_usable(few_sources, tmp_path):
+    result = _build.build(few_sources, tmp_path)
     assert result.built, result.message
     library = _native.NativeLibrary(tmp_path)
     assert library.why_not() == ""
     assert library.features() == kernels_cpu.cpu_features()
+
+
+def test_the_same_inputs_are_not_built_again(few_sources, tmp_path):
+    first = _build.build(few_sources, tmp_path)
+    library = tmp_path / _build.LIBRARY_NAME
+    built = library.stat().st_mtime_ns
+    again = _build.build(few_sources, tmp_path)
+    assert again.built and again.inputs == first.inputs and library.stat().st_mtime_ns == built
+    assert "unchanged since they were built" in _build.announce(again)
+
+    header = few_sources / "cpu.h"
+    header.write_text(header.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+    changed = _build.build(few_sources, tmp_path)
+    assert changed.inputs != first.inputs and library.stat().st_mtime_ns > built
+
+
+@pytest.mark.parametrize("damage", ["library gone", "record gone", "record cut"])
+def test_a_damaged_build_is_made_anew(few_sources, tmp_path, damage):
+    _build.build(few_sources, tmp_path)
+    if damage == "library gone":
+        (tmp_path / _build.LIBRARY_NAME).unlink()
+    elif damage == "record gone":
+        (tmp_path / _build.RECORD_NAME).unlink()
+    else:
+        (tmp_path / _build.RECORD_NAME).write_text('{"built"', encoding="utf-8")
+    assert "built with" in _build.announce(_build.build(few_sources, tmp_path))
+    assert _native.NativeLibrary(tmp_path).why_not() == ""
 
 
 def test_loader_is_safe_from_many_threads(tmp_path):
