@@ -48,7 +48,7 @@ LINK_FLAGS = ("-shared", "-pthread")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What became of a build: whether there is a library, one sentence about it, and a digest of what it was made of."""
+    """What became of a build: whether there is a library, a sentence about it, a digest of what it was made of."""
 
     built: bool
     message: str

@@ -6,6 +6,7 @@ from effjax.kv.coders_file import load_coders, save_coders
 from effjax.kv.coding import Coded, Coder
 from effjax.kv.cq import CQ
 from effjax.kv.evict import kv_evict
+from effjax.kv.flax_cache import flax_attention, from_flax, to_flax
 from effjax.kv.h2o import H2O
 from effjax.kv.importance import Importance
 from effjax.kv.integer import IntKV
@@ -41,6 +42,8 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "fit_layers",
+    "flax_attention",
+    "from_flax",
     "init_cache",
     "kv_evict",
     "layer_budgets",
@@ -48,4 +51,5 @@ __all__ = [
     "persistence",
     "resize",
     "save_coders",
+    "to_flax",
 ]
