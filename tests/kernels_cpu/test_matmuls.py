@@ -51,7 +51,7 @@ def quantized(rng, n, out, groups, bits, zeros="packed", scales="float32"):
 
 
 @pytest.mark.parametrize("variant", QUANT)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     bits=st.integers(1, 8),
     groups=st.integers(1, 3),
@@ -76,7 +76,7 @@ def test_quantized_product_is_that_of_numpy(variant, bits, groups, units, odd, o
 
 
 @pytest.mark.parametrize("variant", LOOKUP)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     bits=st.integers(1, 8),
     groups=st.integers(1, 3),
@@ -130,7 +130,7 @@ def sparse(rng, n, out, group_size):
 
 
 @pytest.mark.skipif(bool(NO_AVX512), reason=NO_AVX512)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     groups=st.integers(1, 3),
     group_size=st.sampled_from([8, 16, 40, 136]),
@@ -174,7 +174,7 @@ def test_gradients_are_those_of_the_dense_matrix(kind):
         np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3 * float(np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("out", [64, 192, 40])
+@pytest.mark.parametrize("out", [192, 40])
 @pytest.mark.parametrize("kind", ["q4", "q3 real", "q2 packed", "codebook", "nf4", "sparse"])
 def test_prepared_products_are_the_same_and_come_back_to_the_byte(kind, out):
     rng = random(16)

@@ -49,7 +49,7 @@ def cuts_an_atom(layout, shape):
     return False
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_chains_of_operations_equal_numpy(data):
     shape = data.draw(SHAPES)
