@@ -30,7 +30,7 @@ from effjax.arrays.nm_sparse import NMSparse
 from effjax.arrays.view import fold, unfold
 from effjax.errors import ConfigError
 from effjax.paths import leaves_with_paths, map_with_paths, path_str
-from effjax.prune import Pattern, apply_mask, pack_mask, prune_mask
+from effjax.prune import Pattern, SparseGPT, apply_mask, pack_mask, prune_mask, repair
 from effjax.rules import assign, default_axes, is_dense_matrix
 from effjax.transform import Method, compress_leaves, select
 
@@ -333,12 +333,16 @@ def _plain(value: Any) -> Any:
 def _prune(params: PyTree, rules: Sequence[tuple[Any, Any]], stats: PyTree | None, key: jax.Array) -> PyTree:
     """Prunes; n:m patterns become packed leaves, whose dropped bytes are gone, other patterns leave zeros."""
     mask = prune_mask(params, rules, stats=stats, key=key)
-    patterns = {path: Pattern.parse(method.pattern) for path, method in assign(params, rules).items()}
+    methods = assign(params, rules)
+    patterns = {path: Pattern.parse(method.pattern) for path, method in methods.items()}
     structured = {path: (p.n, p.m) for path, p in patterns.items() if p.n is not None and p.m is not None}
 
     def only(keep: Callable[[str], bool]) -> PyTree:
         return jax.tree.map_with_path(lambda path, m: m if keep(path_str(path)) else None, mask)
 
+    for method in {method for method in methods.values() if isinstance(method, SparseGPT)}:
+        swept = only(lambda path, method=method: methods.get(path) == method)
+        params = repair(params, swept, stats=stats, damping=method.damping)
     params = apply_mask(params, only(lambda path: path not in structured))
     masks = dict(leaves_with_paths(only(lambda path: path in structured)))
     if not any(is_tracer(m) for m in masks.values()):

@@ -57,11 +57,11 @@ def _compiled_masks(how: tuple[How, ...], inputs: list[Inputs]) -> list[jax.Arra
     """The masks of one weight, or of all weights that compare their scores under one method of global scope."""
     method = how[0][0]
     matrices = [(fold(w, *axes), stats, key) for (_, *axes), (w, stats, key) in zip(how, inputs, strict=True)]
-    if method.scope == "leaf":
+    if method.scope != "global":
         masks = [method.mask(w, stats=stats, key=key) for w, stats, key in matrices]
     else:
         masks = _global_masks(method, [method.scores(w, stats=stats, key=key) for w, stats, key in matrices])
-    return [_unfold_mask(mask, w.shape, *axes) for mask, (_, *axes), (w, _, _) in zip(masks, how, inputs, strict=True)]
+    return [unfold_mask(mask, w.shape, *axes) for mask, (_, *axes), (w, _, _) in zip(masks, how, inputs, strict=True)]
 
 
 def _global_masks(method: Any, scores: list[jax.Array]) -> list[jax.Array]:
@@ -74,10 +74,10 @@ def _global_masks(method: Any, scores: list[jax.Array]) -> list[jax.Array]:
     return [pattern.expand(keep[end - u.size : end].reshape(u.shape)) for u, end in zip(units, ends, strict=True)]
 
 
-def _unfold_mask(
+def unfold_mask(
     mask: jax.Array, shape: tuple[int, ...], in_axes: tuple[int, ...], out_axes: tuple[int, ...]
 ) -> jax.Array:
-    """A mask `[*L, in, out]` in the shape of the weight."""
+    """A matrix `[*L, in, out]` such as a mask in the shape of the weight."""
     axes = (*in_axes, *out_axes)
     lead = len(shape) - len(axes)
     split = mask.reshape(*shape[:lead], *(shape[axis] for axis in axes))
@@ -91,7 +91,7 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
     Raises:
         LeafError: a mask of another shape than its weight, or on a compressed leaf.
     """
-    masks = _masks_by_path(params, mask)
+    masks = masks_by_path(params, mask)
     return map_with_paths(
         lambda path, w: jnp.where(masks[path], w, jnp.zeros((), w.dtype)) if path in masks else w, params
     )
@@ -113,7 +113,7 @@ def pack_mask(params: PyTree, mask: PyTree) -> PyTree:
         >>> packed["kernel"].n, packed["kernel"].m, ej.nbytes(packed)
         (2, 4, 4352)
     """
-    masks = _masks_by_path(params, mask)
+    masks = masks_by_path(params, mask)
     weights = dict(leaves_with_paths(params))
     patterns = {path: _pattern_of(path, m, weights[path]) for path, m in masks.items()}
 
@@ -153,7 +153,8 @@ def _pattern_of(path: str, mask: Any, w: Any) -> tuple[int, int]:
     return n, m
 
 
-def _masks_by_path(params: PyTree, mask: PyTree) -> dict[str, Any]:
+def masks_by_path(params: PyTree, mask: PyTree) -> dict[str, Any]:
+    """The masks by name, each checked against its weight."""
     weights = dict(leaves_with_paths(params))
     masks = dict(leaves_with_paths(mask))
     for path, m in masks.items():

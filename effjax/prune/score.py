@@ -17,25 +17,20 @@ class ScoreMethod(Method):
     Attributes:
         sparsity: share of weights that become zero; for an n:m pattern it is `1 - n/m` and may be left out.
         pattern: None for single weights, "n:m", or "rowsxcolumns" for blocks (see `Pattern`).
-        scope: "leaf" prunes every weight matrix (of every stacked layer) to the sparsity, "global" all selected leaves
-            together, by comparing their scores.
+        scope: "leaf" prunes every weight matrix (of every stacked layer) to the sparsity, "output" every column of it,
+            "global" all selected leaves together, by comparing their scores.
     """
 
     sparsity: float | None = None
     pattern: str | None = None
-    scope: Literal["leaf", "global"] = "leaf"
+    scope: Literal["output", "leaf", "global"] = "leaf"
 
     def __post_init__(self) -> None:
-        pattern = Pattern.parse(self.pattern)
-        if pattern.n is not None and pattern.m is not None:
-            if self.sparsity is not None and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
-                raise ValueError(f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}: leave it out")
-            if self.scope == "global":
-                raise ValueError(f"pattern={self.pattern!r} fixes the sparsity of every leaf: use scope='leaf'")
-        elif self.sparsity is None or not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity}: a share in [0, 1)")
-        if self.scope not in ("leaf", "global"):
-            raise ValueError(f"scope={self.scope!r}: choose 'leaf' or 'global'")
+        check_sparsity(self.sparsity, self.pattern)
+        if self.scope == "global" and Pattern.parse(self.pattern).m is not None:
+            raise ValueError(f"pattern={self.pattern!r} fixes the sparsity of every leaf: use scope='leaf'")
+        if self.scope not in ("output", "leaf", "global"):
+            raise ValueError(f"scope={self.scope!r}: choose 'output', 'leaf' or 'global'")
 
     @property
     def sums(self) -> bool:  # type: ignore[override]
@@ -54,10 +49,20 @@ class ScoreMethod(Method):
         if pattern.m is not None:
             return pattern.keep_n_of_m(scores)
         units = pattern.unit_scores(scores)
-        flat = units.reshape(*w.shape[:-2], -1)
+        flat = units.mT if self.scope == "output" else units.reshape(*w.shape[:-2], -1)
         kept = kept_of(flat.shape[-1], self.sparsity)
-        choose = jnp.vectorize(lambda s: keep_highest(s, kept), signature="(n)->(n)")
-        return pattern.expand(choose(flat).reshape(units.shape))
+        keep = jnp.vectorize(lambda s: keep_highest(s, kept), signature="(n)->(n)")(flat)
+        return pattern.expand(keep.mT if self.scope == "output" else keep.reshape(units.shape))
+
+
+def check_sparsity(sparsity: float | None, pattern: str | None) -> None:
+    """Raises ValueError where the two do not say together how much goes."""
+    parsed = Pattern.parse(pattern)
+    if parsed.n is not None and parsed.m is not None:
+        if sparsity is not None and abs(sparsity - (1 - parsed.n / parsed.m)) > 1e-9:
+            raise ValueError(f"sparsity={sparsity} contradicts pattern={pattern!r}: leave it out")
+    elif sparsity is None or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity}: a share in [0, 1)")
 
 
 def kept_of(size: int, sparsity: float | None) -> int:

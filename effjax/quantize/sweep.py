@@ -19,11 +19,14 @@ class Swept(NamedTuple):
         codes: of every weight.
         grids: the grid of every block, stacked, where the sweep made them; else None.
         loss: sum over inputs of `((w - q) / U[j, j])**2` for each output: the error that the sweep could not repair.
+        errors: `(w - q) / U[j, j]` of every weight, with `w` as it was when the sweep reached it. The values that the
+            sweep left are the original ones less `U^T errors`.
     """
 
     codes: UInt8[Array, "n out"]
     grids: Any
     loss: Float[Array, " out"]
+    errors: Float[Array, "n out"]
 
 
 def sweep(
@@ -33,6 +36,8 @@ def sweep(
     *,
     grid_of_row: Callable[[jax.Array], Any] | None = None,
     grid_of_block: Callable[[jax.Array], Any] | None = None,
+    grid_of_run: Callable[[jax.Array, jax.Array], Any] | None = None,
+    run: int = 1,
     block: int = BLOCK,
 ) -> Swept:
     """Rounds the rows of `w` in order; each error is spread over the rows behind it (OBQ; GPTQ, algorithm 1).
@@ -48,10 +53,13 @@ def sweep(
         grid_of_row: the grid of row `j`, where grids are known before the sweep.
         grid_of_block: else: the grid of a block, from its current values `[block, out]` (parameters of a group
             "refreshed when the group starts").
-        block: rows a block; with `grid_of_block` the group size.
+        grid_of_run: else: a grid for each of `run` rows that lie in one block, stacked, from their current values
+            `[run, out]` and the number of the first.
+        run: see there; at most `block`. The last may reach beyond the inputs, onto rows of zeros.
+        block: rows a block, made a multiple of `run`; with `grid_of_block` the group size.
     """
     n, out = w.shape
-    block = min(block, n)
+    block = min(block // run, -(-n // run)) * run
     fill = -n % block
     rows = jnp.pad(w.astype(jnp.float32), ((0, fill), (0, 0)))
     factor = jnp.pad(factor, ((0, fill), (0, fill)))
@@ -64,18 +72,28 @@ def sweep(
         inside = jax.lax.dynamic_slice_in_dim(across, start, block)
         grid = None if grid_of_block is None else grid_of_block(repaired)
 
-        def of_row(j: jax.Array, inner: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        def of_row(j: jax.Array, inner: tuple[jax.Array, jax.Array, jax.Array], known: Any) -> tuple[jax.Array, ...]:
             codes, own, loss = inner
             row = repaired[j] - jnp.matmul(inside[:, j], own, precision="highest")
-            known = grid if grid_of_row is None else grid_of_row(start + j)
             code, value = round_row(row, known)
             error = (row - value) / scale[start + j]
             return codes.at[j].set(code), own.at[j].set(error), loss + jnp.square(error)
 
+        def of_run(i: jax.Array, inner: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            if grid_of_run is None:
+                return of_row(i, inner, grid if grid_of_row is None else grid_of_row(start + i))
+            first = i * run
+            across_run = jax.lax.dynamic_slice_in_dim(inside, first, run, axis=1)
+            current = jax.lax.dynamic_slice_in_dim(repaired, first, run)
+            grids = grid_of_run(current - jnp.matmul(across_run.T, inner[1], precision="highest"), start + first)
+            return jax.lax.fori_loop(
+                0, run, lambda j, inner: of_row(first + j, inner, jax.tree.map(lambda x: x[j], grids)), inner
+            )
+
         codes = jnp.zeros((block, out), jnp.uint8)
-        codes, own, loss = jax.lax.fori_loop(0, block, of_row, (codes, jnp.zeros((block, out)), loss))
+        codes, own, loss = jax.lax.fori_loop(0, block // run, of_run, (codes, jnp.zeros((block, out)), loss))
         return (jax.lax.dynamic_update_slice_in_dim(errors, own, start, axis=0), loss), (codes, grid)
 
     state = jnp.zeros_like(rows), jnp.zeros(out)
-    (_, loss), (codes, grids) = jax.lax.scan(of_block, state, jnp.arange(0, n + fill, block))
-    return Swept(codes=codes.reshape(-1, out)[:n], grids=grids, loss=loss)
+    (errors, loss), (codes, grids) = jax.lax.scan(of_block, state, jnp.arange(0, n + fill, block))
+    return Swept(codes=codes.reshape(-1, out)[:n], grids=grids, loss=loss, errors=errors[:n])

@@ -186,7 +186,7 @@ def test_masks_that_cannot_be_packed():
             {"pattern": "2:4", "scope": "global"},
             "pattern='2:4' fixes the sparsity of every leaf: use scope='leaf'",
         ),
-        ({"sparsity": 0.5, "scope": "all"}, "scope='all': choose 'leaf' or 'global'"),
+        ({"sparsity": 0.5, "scope": "all"}, "scope='all': choose 'output', 'leaf' or 'global'"),
         (
             {"pattern": "4:4"},
             "pattern='4:4': write 'n:m' with n < m <= 256, 'rowsxcolumns', or None for single weights",
