@@ -20,6 +20,7 @@ HANDLERS = (
     "EffjaxNomadLookup",
     "EffjaxNomadAttend",
     "EffjaxDecodeAttention",
+    "EffjaxRepresenter",
 )
 
 

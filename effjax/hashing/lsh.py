@@ -36,8 +36,8 @@ def euclidean_collision(distance: Float[Array, "..."], width: float, hashes: int
     With `u = width / distance`: `(1 - 2 Phi(-u) - 2 / (sqrt(2 pi) u) (1 - exp(-u**2 / 2))) ** hashes`.
 
     Example:
-        >>> print(euclidean_collision(jnp.array([0.0, 1.0, 100.0]), 1.0).round(3))
-        [1.    0.369 0.004]
+        >>> [f"{p:.3f}" for p in euclidean_collision(jnp.array([0.0, 1.0, 100.0]), 1.0)]
+        ['1.000', '0.369', '0.004']
     """
     u = width / jnp.maximum(distance, _NEAREST * width)
     half = u * u / 2
