@@ -9,16 +9,7 @@ from jaxtyping import Array, Float, Shaped
 from effjax.hashing.lsh import Projections, PStable, SignProjections
 from effjax.hashing.race import Race, corrected
 from effjax.ops.representer import representer_query
-from effjax.sketch.representer_kernel import Kind, RepresenterKernel, distillation_loss, init_representer
-
-__all__ = [
-    "RepresenterKernel",
-    "RepresenterSketch",
-    "build_sketch",
-    "distillation_loss",
-    "init_representer",
-    "query_sketch",
-]
+from effjax.sketch.representer_kernel import Kind, RepresenterKernel
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +90,7 @@ def build_sketch(
         ValueError: no row, fewer than 2 buckets, or unknown projections.
 
     Example:
+        >>> from effjax.sketch.representer_kernel import init_representer
         >>> x = jax.random.normal(jax.random.key(0), (100, 20))
         >>> kernel = init_representer(jax.random.key(1), x, outputs=1, dim=4, points=50)
         >>> sketch = build_sketch(kernel, rows=400, buckets=16, key=jax.random.key(2))
