@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -87,7 +88,7 @@ def load_sketch(file: str | Path) -> RepresenterSketch:
 
 def _fingerprint(sketch: RepresenterSketch) -> str:
     """Of the whole numbers among the hash functions: the last bits of the others may differ between platforms."""
-    rehash = sketch.hash_functions().rehash
+    rehash = jax.jit(lambda sketch: sketch.hash_functions().rehash)(sketch)
     assert rehash is not None  # a sketch is always rehashed
     return _digest({"multiplier": np.asarray(rehash.multiplier), "addend": np.asarray(rehash.addend)}, "")
 

@@ -63,11 +63,12 @@ def wide(key, keys, values):
 def test_count_sketch_merges_by_addition():
     empty = CountSketch.make(jax.random.key(0), depth=3, width=32)
     keys, values = jnp.asarray(ADVERSARIAL), jnp.asarray(VALUES)
-    whole = empty.update(keys, values)
-    parts = [empty.update(keys[i::3], values[i::3]) for i in range(3)]
+    update = jax.jit(CountSketch.update)
+    whole = update(empty, keys, values)
+    parts = [update(empty, keys[i::3], values[i::3]) for i in range(3)]
     merged = functools.reduce(CountSketch.merge, parts)
     np.testing.assert_array_equal(merged.table, whole.table)
-    twice = jax.vmap(lambda v: empty.update(keys, v).query(keys))(jnp.stack([values, 2 * values]))
+    twice = jax.jit(jax.vmap(lambda v: empty.update(keys, v).query(keys)))(jnp.stack([values, 2 * values]))
     np.testing.assert_array_equal(twice[1], 2 * twice[0])
     with pytest.raises(ValueError, match=r"tables of \(3, 32\) and \(3, 16\) do not add up"):
         whole.merge(CountSketch.make(jax.random.key(0), depth=3, width=16))
@@ -80,6 +81,16 @@ def points(n=64, dim=6):
     return jnp.asarray(rng.normal(size=(n, dim)), jnp.float32), jnp.asarray(rng.integers(-4, 9, n), jnp.float32)
 
 
+@functools.cache
+def hasher():
+    return jax.jit(lambda key: PStable.make(key, dim=6, rows=40, hashes=2, width=4.0, buckets=8))(jax.random.key(0))
+
+
+@jax.jit
+def added(codes, weights):
+    return Race.make(rows=40, buckets=8).add(codes, weights)
+
+
 @pytest.mark.parametrize("kind", ["p-stable", "signs", "signs rehashed"])
 def test_race_is_the_kernel_sum(kind):
     """The mean of 6,000 rows is within four standard errors of the sum of kernels: also where few cells are shared."""
@@ -89,15 +100,21 @@ def test_race_is_the_kernel_sum(kind):
         lsh = PStable.make(key, dim=6, rows=rows, hashes=2, width=4.0, buckets=6)
     else:
         lsh = SignProjections.make(key, dim=6, rows=rows, hashes=4, buckets=None if kind == "signs" else 6)
-    race = Race.make(rows=rows, buckets=lsh.buckets, rehashed=kind != "signs").add(lsh(x), weights)
-    got = race.query(lsh(queries))
+
+    @jax.jit
+    def ask(lsh):
+        race = Race.make(rows=rows, buckets=lsh.buckets, rehashed=kind != "signs").add(lsh(x), weights)
+        codes = lsh(queries)
+        return race, codes, race.query(codes), race.query(codes, groups=5)
+
+    race, codes, got, median = ask(lsh)
     want = lsh.kernel(queries[:, None], x) @ weights
-    hit = np.asarray(race.counts)[np.arange(rows), np.asarray(lsh(queries))]
+    hit = np.asarray(race.counts)[np.arange(rows), np.asarray(codes)]
     error = hit.std(1) / np.sqrt(rows) / (1 - 1 / lsh.buckets)
     assert (np.abs(np.asarray(got - want)) < 4 * error).all()
     if kind != "signs":  # without the correction it would be off by far more
         assert (np.abs(hit.mean(1) - want) > 4 * error).any()
-    np.testing.assert_allclose(race.query(lsh(queries), groups=5), want, atol=12 * error.max())
+    np.testing.assert_allclose(median, want, atol=12 * error.max())
 
 
 def test_race_error_falls_with_the_root_of_its_rows():
@@ -105,16 +122,16 @@ def test_race_error_falls_with_the_root_of_its_rows():
     exact = None
 
     @functools.partial(jax.jit, static_argnames="rows")
-    def query(key, *, rows):
-        lsh = PStable.make(key, dim=6, rows=rows, hashes=2, width=4.0, buckets=8)
-        return Race.make(rows=rows, buckets=8).add(lsh(x), weights).query(lsh(x))
+    def query(keys, *, rows):
+        def one(key):
+            lsh = PStable.make(key, dim=6, rows=rows, hashes=2, width=4.0, buckets=8)
+            return Race.make(rows=rows, buckets=8).add(lsh(x), weights).query(lsh(x))
 
-    lsh = PStable.make(jax.random.key(0), dim=6, rows=1, hashes=2, width=4.0, buckets=8)
-    exact = lsh.kernel(x[:, None], x) @ weights
+        return jax.lax.map(one, keys)
+
+    exact = np.asarray(hasher().kernel(x[:, None], x) @ weights)
     keys = jax.random.split(jax.random.key(1), 12)
-    few, many = (
-        np.sqrt(np.mean([np.square(np.asarray(query(key, rows=rows) - exact)) for key in keys])) for rows in (32, 512)
-    )
+    few, many = (np.sqrt(np.square(np.asarray(query(keys, rows=rows)) - exact).mean()) for rows in (32, 512))
     assert 0.8 * 4 < few / many < 1.2 * 4
 
 
@@ -134,30 +151,29 @@ def test_median_of_means_is_numpy_s_and_shrugs_off_broken_rows():
 def test_race_over_devices_merges_by_psum():
     """Eight devices add an eighth of the points each; the sum of their sketches is that of one device, bit by bit."""
     x, weights = points()
-    lsh = PStable.make(jax.random.key(0), dim=6, rows=40, hashes=2, width=4.0, buckets=8)
-    empty = Race.make(rows=40, buckets=8)
+    lsh = hasher()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
     def spread(x, weights):
-        return jax.lax.psum(empty.add(lsh(x), weights), "data")
+        return jax.lax.psum(added(lsh(x), weights), "data")
 
-    alone, together = empty.add(lsh(x), weights), spread(x, weights)
+    codes = jax.jit(lsh)(x)
+    alone, together = added(codes, weights), spread(x, weights)
     np.testing.assert_array_equal(together.counts, alone.counts)
     np.testing.assert_array_equal(together.total, alone.total)
-    halves = empty.add(lsh(x[:20]), weights[:20]).merge(empty.add(lsh(x[20:]), weights[20:]))
+    halves = added(codes[:32], weights[:32]).merge(added(codes[32:], weights[32:]))
     np.testing.assert_array_equal(halves.counts, alone.counts)
 
 
 def test_forgetting_scales_everything():
     x, weights = points()
-    lsh = PStable.make(jax.random.key(0), dim=6, rows=40, hashes=2, width=4.0, buckets=8)
-    race = Race.make(rows=40, buckets=8).add(lsh(x), weights)
-    np.testing.assert_array_equal(race.scaled(0.5).query(lsh(x)), 0.5 * race.query(lsh(x)))
-    later = race.scaled(0.5).add(lsh(x[:4]), weights[:4])
-    want = 0.5 * race.query(lsh(x)) + Race.make(rows=40, buckets=8).add(lsh(x[:4]), weights[:4]).query(lsh(x))
-    np.testing.assert_allclose(later.query(lsh(x)), want, atol=1e-5)
+    codes = jax.jit(hasher())(x)
+    race, ask = added(codes, weights), jax.jit(lambda race: race.query(codes))
+    np.testing.assert_array_equal(ask(race.scaled(0.5)), 0.5 * ask(race))
+    later = race.scaled(0.5).add(codes[:4], weights[:4])
+    np.testing.assert_allclose(ask(later), 0.5 * ask(race) + ask(added(codes[:4], weights[:4])), atol=1e-5)
 
 
 def test_wrong_race():
