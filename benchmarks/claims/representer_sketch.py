@@ -317,9 +317,8 @@ def report(name: str, task: Task, folder: Path) -> tuple[dict[str, Bar], dict[st
         storage = numbers(teacher) / used
         work = multiply_adds(teacher) / sketch_operations(kernel, rows)
         saved[shape] = (storage, work)
-        print(
-            f"  {shape}: {used:,} numbers, storage {storage:.1f}x, operations {work:.1f}x, rmse {spread(f'rmse {shape}')}"
-        )
+        print(f"  {shape}: {used:,} numbers, storage {storage:.1f}x, operations {work:.1f}x")
+        print(f"    rmse of the kernel       {spread(f'rmse {shape}')}")
         for arm in ("sketch", "sketch, median of means", "pruned", "distilled"):
             print(f"    {arm:<24} {spread(f'{arm} {shape}')}")
     extra[f"{name}: storage and operations"] = saved
