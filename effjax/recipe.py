@@ -32,6 +32,7 @@ from effjax.errors import ConfigError
 from effjax.paths import leaves_with_paths, map_with_paths, path_str
 from effjax.prune import Pattern, SparseGPT, apply_mask, pack_mask, prune_mask, repair
 from effjax.rules import assign, default_axes, is_dense_matrix
+from effjax.sketch.sharing import Sharing
 from effjax.transform import Method, compress_leaves, select
 
 PyTree = Any
@@ -137,6 +138,12 @@ def methods() -> dict[str, type]:
     return found
 
 
+def _whole_model() -> set[str]:
+    """Names of the methods that a rule cannot send to a leaf."""
+    sketch = importlib.import_module("effjax.sketch")
+    return {method_name(v) for v in vars(sketch).values() if isinstance(v, type) and issubclass(v, Sharing)}
+
+
 def method_name(cls: type) -> str:
     """The recipe name of a method class.
 
@@ -174,6 +181,11 @@ def parse_method(name: str, **args: Any) -> Any:
         return None
     if normal not in known:
         names = [*known, "none"]
+        if normal in _whole_model():
+            raise ConfigError(
+                f"{name!r} shares one table among all leaves and is no method of single ones: call "
+                "effjax.sketch.share_params in Python; for a table a leaf use 'hashed'"
+            )
         raise ConfigError(f"unknown method {name!r}{_nearest(normal, names)}; methods are {_listed(names)}")
     cls = known[normal]
     fields = [f.name for f in dataclasses.fields(cls) if f.init]

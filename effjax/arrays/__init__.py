@@ -12,6 +12,7 @@ from effjax.arrays.prepared import Prepared
 from effjax.arrays.quantized import Quantized
 from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sharding import partition_specs
+from effjax.arrays.shared import Shared
 from effjax.arrays.sum import Sum
 from effjax.arrays.view import View, fold, unfold
 
@@ -26,6 +27,7 @@ __all__ = [
     "Prepared",
     "Quantized",
     "RowScaled",
+    "Shared",
     "Sum",
     "View",
     "fold",

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from effjax.arrays.base import PyTree, is_compressed
+from effjax.arrays.shared import with_any_table
 from effjax.errors import CheckpointError
 from effjax.io.directory import renamed_when_whole
 from effjax.io.encoding import decode, encode
@@ -223,7 +224,7 @@ def _shape_problems(params: PyTree, manifest: Mapping[str, Any]) -> list[str]:
             continue
         expected = manifest["shapes"].get(path)
         try:
-            dense = jax.eval_shape(lambda x: x.materialize(), leaf)
+            dense = jax.eval_shape(lambda x: with_any_table(x).materialize(), leaf)
             found = [list(dense.shape), dense.dtype.name]
         except (AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
             problems.append(f"{path}: its fields do not fit together ({str(error).splitlines()[0]})")

@@ -21,6 +21,7 @@ KINDS: tuple[type[CompressedArray], ...] = (
     arrays.Prepared,
     arrays.Quantized,
     arrays.RowScaled,
+    arrays.Shared,
     arrays.Sum,
     arrays.View,
 )

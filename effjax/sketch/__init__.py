@@ -1,4 +1,4 @@
-"""Weight sketches: `sketch_params` and its methods; and the Representer Sketch, which replaces a whole network."""
+"""Weight sketches: `sketch_params` and its methods; tables to train, serve and share; representer sketches."""
 
 from effjax.sketch.api import sketch_params
 from effjax.sketch.hashed import Hashed
@@ -6,17 +6,29 @@ from effjax.sketch.low_rank import LowRank
 from effjax.sketch.representer import RepresenterSketch, build_sketch, query_sketch
 from effjax.sketch.representer_file import load_sketch, save_sketch
 from effjax.sketch.representer_kernel import RepresenterKernel, distillation_loss, init_representer
+from effjax.sketch.roast import ROAST
+from effjax.sketch.sharing import SharedParams, expand, share_params
+from effjax.sketch.stable_rps import SlotScales, StableRPS, scale_gradients, scale_updates, slot_scales
 
 __all__ = [
+    "ROAST",
     "Hashed",
     "LowRank",
     "RepresenterKernel",
     "RepresenterSketch",
+    "SharedParams",
+    "SlotScales",
+    "StableRPS",
     "build_sketch",
     "distillation_loss",
+    "expand",
     "init_representer",
     "load_sketch",
     "query_sketch",
     "save_sketch",
+    "scale_gradients",
+    "scale_updates",
+    "share_params",
     "sketch_params",
+    "slot_scales",
 ]

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 
 from effjax.arrays.base import PyTree
+from effjax.errors import ConfigError
 from effjax.paths import Where
+from effjax.sketch.sharing import Sharing
 from effjax.transform import compress_leaves, select
 
 
@@ -29,4 +31,7 @@ def sketch_params(
         >>> sketched["kernel"].table.shape
         (512,)
     """
+    for m in [m for _, m in method] if isinstance(method, list | tuple) else [method]:
+        if isinstance(m, Sharing):
+            raise ConfigError(f"{m!r} shares one table among all leaves: use effjax.sketch.share_params")
     return compress_leaves(select(params, method, where=where, stats=stats, key=key), params)

@@ -93,6 +93,24 @@ def hashed(slots: int, block: int) -> Callable[..., Any]:
     return make
 
 
+def shared(slots: int, block: int | None) -> Callable[..., Any]:
+    def make(w: jax.Array) -> arrays.Shared:
+        *lead, n, out = w.shape
+        index = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
+        return arrays.Shared(
+            table=w.reshape(*lead, -1)[..., :slots],
+            seed=jnp.full(lead, 5, jnp.uint32),
+            start=77 + index * jnp.uint32(n * out),
+            exponent=(index % 3).astype(jnp.int32) - 1,
+            in_features=n,
+            out_features=out,
+            block=block,
+            dtype=np.dtype(w.dtype),
+        )
+
+    return make
+
+
 def n_of_m(n: int, m: int) -> Callable[..., Any]:
     def make(w: jax.Array) -> arrays.NMSparse:
         mask = ej.prune.Magnitude(pattern=f"{n}:{m}").mask(w)
@@ -172,6 +190,8 @@ ARRAYS = (
     ArrayCase(name="nf4", make=ej.quantize.NF4(block_size=32).quantize, matrix_bytes=(64 + 4 * 2) * 32 + 4 * 16),
     ArrayCase(name="hashed", make=hashed(512, 1), matrix_bytes=4, shared_bytes=512, sharded=()),
     ArrayCase(name="hashed in blocks", make=hashed(500, 8), matrix_bytes=4, shared_bytes=500, sharded=()),
+    ArrayCase(name="shared, folded", make=shared(509, None), matrix_bytes=12, shared_bytes=509, sharded=()),
+    ArrayCase(name="shared in tiles", make=shared(512, 16), matrix_bytes=12, shared_bytes=512, sharded=()),
     ArrayCase(name="2:4", make=n_of_m(2, 4), matrix_bytes=64 * 2 // 8 * 32, shared_bytes=64 * 32),
     ArrayCase(name="2:4 of 4 bits", make=quantized_2_of_4, matrix_bytes=(32 + 16 + 4 * 2) * 32),
     ArrayCase(name="prepared", make=prepared, matrix_bytes=(48 + 4 * 4) * 32 + 4 * 8),
