@@ -23,6 +23,7 @@ from effjax.sketch import (
     slot_scales,
 )
 from tests.common.cases import assert_same_bytes
+from tests.sketch.oracles import mix
 
 KEY = jax.random.key(1)
 METHODS = (StableRPS(ratio=3.3), StableRPS(ratio=3.3, start="fit"), ROAST(ratio=3.3, block=4))
@@ -46,15 +47,6 @@ def forward(params, x):
 
 folded = jax.jit(fold_slots)
 INPUTS = jax.random.normal(jax.random.key(2), (6, 12))
-
-
-def mix(x):
-    """Murmur3's finaliser in arbitrary precision, masked: it knows nothing of jax."""
-    mask = 0xFFFFFFFF
-    x = int(x) & mask
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
-    return x ^ (x >> 16)
 
 
 def design(shared):
