@@ -173,8 +173,8 @@ def parse_method(name: str, **args: Any) -> Any:
         >>> parse_method("rtn", bits=4).bits
         4
     """
-    normal = name.strip().lower().replace("-", "_")
     known = methods()
+    normal = _normal(name, known)
     if normal == "none":
         if args:
             raise ConfigError(f"method 'none' leaves a leaf as it is and takes no {_listed(args)}")
@@ -296,7 +296,7 @@ class _Reader:
         try:
             return where, parse_method(name, **args)
         except ConfigError as error:
-            known = name.strip().lower().replace("-", "_") in methods()
+            known = _normal(name, methods()) in methods()
             raise self.error(entries["args"] if args and known else entries["method"], str(error)) from error
 
     def mapping(self, node: yaml.MappingNode, known: Sequence[str], what: str) -> dict[str, yaml.Node]:
@@ -319,6 +319,13 @@ class _Reader:
 
 
 _EXAMPLE = "rules:\n  - where: '*/mlp/*/kernel'\n    method: rtn\n    args: {bits: 4, group_size: 32}"
+
+
+def _normal(name: str, known: Iterable[str]) -> str:
+    """A method's name as recipes have it; "SpaLLM" and "spallm" are `spa_llm`, as "spa-llm" is."""
+    spelled = name.strip().lower().replace("-", "_")
+    plain = spelled.replace("_", "")
+    return next((other for other in known if other.replace("_", "") == plain), spelled)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -110,7 +110,7 @@ class LeanQuant(SecondOrder):
         size = shares.shape[-1]
         kind = UniformGrid(bits=self.bits, scale_dtype=self.table_dtype)
         found = search_affine(grouped(factor.back(rows), size), shares, kind, candidates=self.candidates)
-        group = _group_of_row(factor, len(rows), size)
+        group = group_of_row(factor, len(rows), size)
 
         def round_row(row: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
             codes = kind.round(row[None], grid)
@@ -141,7 +141,7 @@ class LeanQuant(SecondOrder):
             swept = sweep(rows, factor.upper, round_row, grid_of_block=fitted, block=size)
             scales = swept.grids
         else:
-            scales, group = fitted(groups), _group_of_row(factor, n, size)
+            scales, group = fitted(groups), group_of_row(factor, n, size)
             swept = sweep(rows, factor.upper, round_row, grid_of_row=lambda j: scales[group[j]])
         codes = factor.back(swept.codes)
         values = jnp.take_along_axis(table, codes.astype(jnp.int32), axis=0)
@@ -154,15 +154,22 @@ class LeanQuant(SecondOrder):
         count, size, out = groups.shape
         points = (groups / scales).reshape(count * size, out)
         weights = (shares[..., None] * jnp.square(scales)).reshape(count * size, out)
-        entries = 2**self.bits
-        start = split_start(points, weights, entries) if self.start == "split" else None
-        limits = {"iterations": self.iterations, "tolerance": self.tolerance}
-        table = weighted_kmeans(points, weights, entries, start=start, **limits)
-        return table.astype(self.table_dtype).astype(jnp.float32)
+        return learned_tables(self, points, weights)
 
     def _leaf(self, codes: jax.Array, table: jax.Array, scales: jax.Array | None, dtype: Any) -> Codebook:
         kept = None if scales is None else scales.astype(self.table_dtype)
         return Codebook.from_codes(codes, table.T[None].astype(self.table_dtype), kept, dtype=dtype)
+
+
+def learned_tables(
+    method: Any, points: Float[Array, "n columns"], weights: Float[Array, "n columns"]
+) -> Float[Array, "entries columns"]:
+    """A sorted table a column by weighted k-means, as `method` says (`LeanQuant`'s fields), rounded as it is stored."""
+    entries = 2**method.bits
+    start = split_start(points, weights, entries) if method.start == "split" else None
+    limits = {"iterations": method.iterations, "tolerance": method.tolerance}
+    table = weighted_kmeans(points, weights, entries, start=start, **limits)
+    return table.astype(method.table_dtype).astype(jnp.float32)
 
 
 def importance(upper: Float[Array, "n n"], p: float) -> Float[Array, " n"]:
@@ -171,6 +178,6 @@ def importance(upper: Float[Array, "n n"], p: float) -> Float[Array, " n"]:
     return jnp.exp(logs - logs.max())
 
 
-def _group_of_row(factor: SweepFactor, n: int, size: int) -> jax.Array:
+def group_of_row(factor: SweepFactor, n: int, size: int) -> jax.Array:
     """The group, in the order of the matrix, of every row of the sweep."""
     return (jnp.arange(n) if factor.order is None else factor.order) // size

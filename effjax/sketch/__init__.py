@@ -9,6 +9,7 @@ from effjax.sketch.representer_file import load_sketch, save_sketch
 from effjax.sketch.representer_kernel import RepresenterKernel, distillation_loss, init_representer
 from effjax.sketch.roast import ROAST
 from effjax.sketch.sharing import SharedParams, expand, share_params
+from effjax.sketch.spallm import SpaLLM
 from effjax.sketch.stable_rps import SlotScales, StableRPS, scale_gradients, scale_updates, slot_scales
 from effjax.sketch.subspace import Subspace, average
 
@@ -20,6 +21,7 @@ __all__ = [
     "RepresenterSketch",
     "SharedParams",
     "SlotScales",
+    "SpaLLM",
     "StableRPS",
     "Subspace",
     "average",

@@ -357,6 +357,7 @@ METHODS = (
     ),
     *_methods(
         ej.sketch_params,
+        spallm2_slices=ej.sketch.SpaLLM(bits=2, groups=4),
         low_rank=ej.sketch.LowRank(rank=4),
         low_rank_weighted=ej.sketch.LowRank(ratio=4, weighted=True),
         hashed=ej.sketch.Hashed(ratio=4),
