@@ -14,6 +14,7 @@ from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sharding import partition_specs
 from effjax.arrays.shared import Shared
 from effjax.arrays.sum import Sum
+from effjax.arrays.user_tables import UserTables
 from effjax.arrays.view import View, fold, unfold
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RowScaled",
     "Shared",
     "Sum",
+    "UserTables",
     "View",
     "fold",
     "is_compressed",

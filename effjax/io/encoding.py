@@ -23,6 +23,7 @@ KINDS: tuple[type[CompressedArray], ...] = (
     arrays.RowScaled,
     arrays.Shared,
     arrays.Sum,
+    arrays.UserTables,
     arrays.View,
 )
 Manifest = dict[str, Any]

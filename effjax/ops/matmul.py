@@ -17,6 +17,8 @@ from effjax.arrays.permuted import Permuted
 from effjax.arrays.prepared import Prepared
 from effjax.arrays.row_scaled import RowScaled
 from effjax.arrays.sum import Sum
+from effjax.arrays.user_tables import UserTables
+from effjax.errors import LeafError
 from effjax.ops import dispatch
 from effjax.ops.dispatch import block_rows
 from effjax.ops.platform import platform_operation
@@ -76,6 +78,8 @@ def matmul(
     if isinstance(w, Sum):
         parts = [product(x, part, out_dtype=jnp.float32) for part in w.parts]
         return jnp.asarray(sum(parts)).astype(out_dtype)
+    if isinstance(w, UserTables):
+        return _by_user(partial(product, out_dtype=out_dtype, implementation=implementation), x, w)
     if isinstance(w, LowRank):
         first, second = (w.b.mT, w.a.mT) if transpose else (w.a, w.b)
         thin = jnp.matmul(x, first, precision=precision, preferred_element_type=jnp.float32)
@@ -93,6 +97,18 @@ def matmul(
             x = jnp.take(x, w.order, axis=-1)
         return product(x, w.array, out_dtype=out_dtype, implementation=implementation)
     return _matmul(x, w, transpose, precision, out_dtype, implementation, activation_bits)
+
+
+def _by_user(product: Callable[..., jax.Array], x: jax.Array, w: UserTables) -> jax.Array:
+    """Entry after entry of the leading axis of `x`, each with the tables of its user and all with the same codes."""
+    if w.users is None:
+        return product(x, w.array)
+    if x.ndim < 2 or len(x) != len(w.users):
+        raise LeafError(
+            f"{w}: users are named for a batch of {len(w.users)}, but {list(x.shape)} is multiplied: its leading axis "
+            "must be that batch (effjax.sketch.for_users)"
+        )
+    return jax.lax.map(lambda row: product(row[0], w.with_tables(row[1])), (x, w.tables[w.users]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))

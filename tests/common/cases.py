@@ -157,6 +157,13 @@ def two_levels(w: jax.Array) -> arrays.Codebook:
     return plain.replace(scales=plain.scales.astype(jnp.float8_e4m3fn), global_scale=top)
 
 
+def user_tables(w: jax.Array) -> arrays.UserTables:
+    """Nobody's rows: the base."""
+    base = codebook(8, 4, 32, None)(w)
+    tables = jnp.stack([base.tables, 2 * base.tables, -base.tables], axis=base.ndim - 2)
+    return arrays.UserTables(array=base, tables=tables)
+
+
 def seen_as(dims: tuple[int, ...], in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> Callable[..., Any]:
     def make(w: jax.Array) -> arrays.CompressedArray:
         compressed = ej.quantize.RTN(bits=4, group_size=16).quantize(w)
@@ -210,6 +217,7 @@ ARRAYS = (
         shared_bytes=4 * (128 + 32),
         sharded=(-1,),  # its four 2-bit zero points are one byte
     ),
+    ArrayCase(name="user tables", make=user_tables, matrix_bytes=48 * 32 + 4 * (4 * 32 * 8) * 4),
     ArrayCase(name="two levels of scales", make=two_levels, matrix_bytes=64 * 32 + 4 * 16 + 8 * 32 + 4),
     ArrayCase(name="row scaled", make=row_scaled, matrix_bytes=(64 + 8 * 2 + 4) * 32 + 4 * 128),
     ArrayCase(name="permuted", make=permuted, matrix_bytes=(64 + 8 * 2 + 4) * 32 + 4 * 128, sharded=(-1,)),

@@ -55,7 +55,10 @@ def test_every_lost_entry_is_named(case):
 
 def test_foreign_entries():
     named, manifest = encode({"w": example(ARRAYS[1])})
-    known = "Adapter, Codebook, Hashed, LowRank, NMSparse, Permuted, Prepared, Quantized, RowScaled, Shared, Sum, View"
+    known = (
+        "Adapter, Codebook, Hashed, LowRank, NMSparse, Permuted, Prepared, Quantized, RowScaled, Shared, Sum, UserTables, "
+        "View"
+    )
     for entry, text in (
         ({**manifest["w"], "kind": "Pickle"}, f"w: unknown kind 'Pickle'; known are {known}"),
         ({**manifest["w"], "colour": 1}, "w: Quantized has no field 'colour'; written by a newer version?"),
