@@ -25,7 +25,7 @@ from effjax.errors import ConfigError, EffjaxError
 AXES = ("data", "fsdp")
 
 Batch = Any  # a pytree of arrays whose leading axis is the batch
-LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+LossFn = Callable[..., tuple[jax.Array, jax.Array]]  # (params, batch, key), and what is frozen where something is
 
 
 class NonFiniteLossError(EffjaxError, FloatingPointError):
@@ -150,15 +150,16 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
     """Builds `step(state, batch) -> (state, metrics)`, metrics being (sum, count) pairs that add over steps and hosts.
 
     Args:
-        loss_fn: `(params, batch, key) -> (sum, count)`, the summed loss and how many terms it has.
+        loss_fn: `(params, batch, key) -> (sum, count)`, the summed loss and how many terms it has. What a step is given
+            beside state and batch follows the key.
         optimizer: any optax transformation.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:
+    def step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def mean_loss(params):
-            total, count = loss_fn(params, batch, key)
+            total, count = loss_fn(params, batch, key, *frozen)
             return total / count, (total, count)
 
         grads, loss = jax.grad(mean_loss, has_aux=True)(state.params)
@@ -172,24 +173,27 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
 
 def fit(
     loss_fn: LossFn,
-    init: Callable[[jax.Array], Any],
+    init: Any,
     batch_at: Callable[[int], Batch],
     config: LoopConfig,
     out: Path,
     *,
     resume: bool = False,
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    evaluate: Callable[..., Mapping[str, float]] | None = None,
+    frozen: Any = None,
 ) -> TrainState:
     """Trains until `config.steps`, `config.stop_at` or SIGTERM, and returns the last state.
 
     Args:
         loss_fn: `(params, batch, key) -> (sum, count)`.
-        init: `key -> params`, traced once to lay the parameters out on the mesh.
+        init: `key -> params`, traced once to lay the parameters out on the mesh; or the parameters to go on from.
         batch_at: `step -> batch` on the host, a function of the step alone: that is what makes resuming exact.
         config: steps, optimizer, mesh and checkpoints.
         out: folder for `checkpoints/` and `metrics.jsonl`.
         resume: go on from the newest checkpoint in `out`; without it `out` must hold none.
         evaluate: `params -> {name: value}`, called every `config.eval_every` steps and after the last.
+        frozen: arrays of the model that are not trained, laid out as parameters are; the last argument of `loss_fn` and
+            `evaluate`, where given.
 
     Raises:
         ConfigError: `out` holds a run that `resume` was not asked for, or the mesh does not fit.
@@ -197,15 +201,20 @@ def fit(
     """
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
 
-    def fresh() -> TrainState:
-        return init_state(init, optimizer, config.seed)
+    given, rest = () if callable(init) else (init,), () if frozen is None else (frozen,)
 
-    abstract = jax.eval_shape(fresh)
-    layout = jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(leaf.shape, mesh.shape["fsdp"])), abstract)
-    across = NamedSharding(mesh, PartitionSpec(AXES))
+    def fresh(*params: Any) -> TrainState:
+        return init_state((lambda _: params[0]) if params else init, optimizer, config.seed)
+
+    def laid_out(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(leaf.shape, mesh.shape["fsdp"])), tree)
+
+    abstract = jax.eval_shape(fresh, *given)
+    layout, across = laid_out(abstract), NamedSharding(mesh, PartitionSpec(AXES))
+    rest = jax.device_put(rest, laid_out(rest))
     step = jax.jit(
         make_step(loss_fn, optimizer),
-        in_shardings=(layout, across),
+        in_shardings=(layout, across, *laid_out(rest)),
         out_shardings=(layout, None),
         donate_argnums=0,
     )
@@ -217,7 +226,7 @@ def fit(
     ):
         latest = checkpoints.latest_step()
         if latest is None:
-            state, first = jax.jit(fresh, out_shardings=layout)(), 0
+            state, first = jax.jit(fresh, out_shardings=layout)(*given), 0
         elif resume:
             target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
             state, first = checkpoints.restore(latest, args=ocp.args.StandardRestore(target)), latest
@@ -227,7 +236,7 @@ def fit(
         with _Metrics(Path(out) / "metrics.jsonl", first) as metrics, _progress(config, first) as show:
             for index in range(first, config.steps):
                 began = time.perf_counter()
-                state, measured = step(state, jax.device_put(batch_at(index), across))
+                state, measured = step(state, jax.device_put(batch_at(index), across), *rest)
                 done = index + 1
                 record = _record(done, measured, began)
                 if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
@@ -237,7 +246,7 @@ def fit(
                     )
                 last = done in (config.steps, config.stop_at) or stop.is_set()
                 if evaluate and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
-                    record |= {name: float(value) for name, value in evaluate(state.params).items()}
+                    record |= {name: float(value) for name, value in evaluate(state.params, *rest).items()}
                 metrics.write(record)
                 show(record)
                 if last or done % config.save_every == 0:
