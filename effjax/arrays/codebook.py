@@ -86,7 +86,7 @@ class Codebook(CompressedArray):
         return (*lead, size * 8 // self.bits - self.pad, out)
 
     def materialize(self) -> jax.Array:
-        return _look_up(unpack(self.codes, self.bits, self.shape[-2]), self.tables, self.float_scales(), self.dtype)
+        return look_up(unpack(self.codes, self.bits, self.shape[-2]), self.tables, self.float_scales(), self.dtype)
 
     def float_scales(self) -> jax.Array | None:
         """Scales as they multiply the table's values, `float32[*L, groups, out]`, or None."""
@@ -106,7 +106,7 @@ class Codebook(CompressedArray):
 
         def dense(tile: dict[str, jax.Array]) -> jax.Array:
             tables, scales = tile.get("tables", self.tables), tile.get("scales", whole_scales)
-            return _look_up(unpack(tile["codes"], self.bits, size), tables, scales, self.dtype)
+            return look_up(unpack(tile["codes"], self.bits, size), tables, scales, self.dtype)
 
         return parts, dense
 
@@ -132,7 +132,7 @@ class Codebook(CompressedArray):
         return {"codes": P(*lead, rows, out), "tables": tables, "scales": scales, "global_scale": top}
 
 
-def _look_up(codes: jax.Array, tables: jax.Array, scales: jax.Array | None, dtype: np.dtype) -> jax.Array:
+def look_up(codes: jax.Array, tables: jax.Array, scales: jax.Array | None, dtype: np.dtype) -> jax.Array:
     """Table values of all codes, times their group's scale, in float32 and cast to `dtype` at the end."""
     *lead, n, out = codes.shape
     *_, in_groups, out_groups, entries = tables.shape

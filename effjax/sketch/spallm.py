@@ -16,6 +16,7 @@ from effjax.quantize.leanquant import group_of_row, importance, learned_tables
 from effjax.quantize.one_by_one import one_by_one
 from effjax.quantize.sweep import sweep
 from effjax.quantize.uniform import grouped
+from effjax.sketch.refit import refit_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class SpaLLM(SecondOrder):
 
     The tables begin as the centres of a weighted k-means of the weights, with the importance `U[j, j]**-p` of their
     inputs, and the codes are chosen in the sweep of GPTQ, as in `LeanQuant`, whose parts these are; the program that
-    made the paper's sketches is not published, but its files are LeanQuant's with an axis of groups. A leaf takes
+    made the paper's sketches is not published, but its files are LeanQuant's with an axis of groups. The codes chosen,
+    the entries move to where they lose least on the calibrated inputs (`refit`, which is not the paper's). A leaf takes
     `bits + 16 * groups * 2**bits / in` bits a weight.
 
     Needs the second moments of the inputs: `stats=effjax.calibrate(fn, params, batches, needs=method.needs)`; without
@@ -41,6 +43,8 @@ class SpaLLM(SecondOrder):
             also with `act_order`. It must divide the inputs and leave a table at least as many inputs as entries.
         calibrated: False ignores the inputs: equal weights in the k-means, and plain rounding.
         p: see above; the paper's LeanQuant takes 3 or 4.
+        refit: steps of that least-squares fit, each a product with the second moments; 0 leaves the centres of the
+            k-means, as the paper does.
         start, iterations, tolerance: of the k-means, see `LeanQuant`.
         table_dtype: dtype the tables are stored in; weights are rounded to the stored entries.
         damping, act_order: see `SecondOrder`.
@@ -66,6 +70,7 @@ class SpaLLM(SecondOrder):
     start: Literal["split", "even"] = "split"
     iterations: int = 100
     tolerance: float = 1e-6
+    refit: int = 10
     table_dtype: str = "float16"
 
     @property
@@ -77,8 +82,11 @@ class SpaLLM(SecondOrder):
         check_bits(self.bits)
         check_size("tables an output, 1 or more", groups=self.groups)
         check_choice(("split", "even"), start=self.start)
-        if self.iterations < 1 or not self.p >= 0:
-            raise ValueError(f"iterations={self.iterations}, p={self.p}: at least one iteration and an exponent of 0")
+        if self.iterations < 1 or self.refit < 0 or not self.p >= 0:
+            raise ValueError(
+                f"iterations={self.iterations}, refit={self.refit}, p={self.p}: at least one iteration, 0 or more "
+                "steps and an exponent of 0 or more"
+            )
         check_floating(table_dtype=self.table_dtype)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -93,26 +101,26 @@ class SpaLLM(SecondOrder):
 
     def compress(self, w: jax.Array, *, stats: InputStats | None = None, key: Any = None) -> Codebook:
         """Sketches `w [*L, in, out]`: tables `[*L, groups, out, 2**bits]`."""
-        if not self.calibrated:
-            *lead, n, _ = w.shape
-            return one_by_one(
-                self._compress,
-                w,
-                SweepFactor(jnp.broadcast_to(jnp.eye(n), (*lead, n, n)), None, jnp.zeros((*lead, n), bool)),
-            )
-        assert stats is not None  # `needs` asks for them
-        return one_by_one(self._compress, w, self.factor_of(stats))
+        if self.calibrated:
+            assert stats is not None  # `needs` asks for them
+            return one_by_one(self._compress, w, self.factor_of(stats), stats.second_moment)
+        *lead, n, _ = w.shape
+        eye = jnp.broadcast_to(jnp.eye(n), (*lead, n, n))
+        return one_by_one(self._compress, w, SweepFactor(eye, None, jnp.zeros((*lead, n), bool)), eye)
 
     def prepare(self, stats: InputStats) -> InputStats:
         return super().prepare(stats) if self.calibrated else stats
 
-    def _compress(self, w: jax.Array, factor: SweepFactor) -> Codebook:
+    def _compress(self, w: jax.Array, factor: SweepFactor, moment: jax.Array) -> Codebook:
         (n, out), rows, size = w.shape, factor.in_order(w), len(w) // self.groups
         shares = jnp.where(factor.dead, 0, factor.back(importance(factor.upper, self.p))).reshape(-1, size)
         points = jnp.swapaxes(grouped(factor.back(rows), size), 0, 1).reshape(size, -1)
         weights = jnp.repeat(shares.T, out, axis=1)
-        tables = jnp.moveaxis(learned_tables(self, points, weights).reshape(-1, self.groups, out), 1, 0)
+        found = jnp.moveaxis(learned_tables(self, points, weights).reshape(-1, self.groups, out), 1, 0)
         group = group_of_row(factor, n, size)
-        swept = sweep(rows, factor.upper, nearest, grid_of_row=lambda j: tables[group[j]])
-        stored = jnp.swapaxes(tables, 1, 2).astype(self.table_dtype)
-        return Codebook.from_codes(factor.back(swept.codes), stored, dtype=w.dtype)
+        codes = factor.back(sweep(rows, factor.upper, nearest, grid_of_row=lambda j: found[group[j]]).codes)
+        tables = jnp.swapaxes(found, 1, 2)
+        if self.refit and self.calibrated:
+            damped = moment + self.damping * jnp.diagonal(moment).mean() * jnp.eye(n)
+            tables = refit_tables(factor.back(rows), codes, tables, damped, self.refit)
+        return Codebook.from_codes(codes, tables.astype(self.table_dtype), dtype=w.dtype)

@@ -1,5 +1,7 @@
 """SpaLLM against numpy: tables of every column and slice, the sweep on them, counting rules, training of tables."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 import effjax as ej
-from effjax.arrays import Codebook
+from effjax.arrays import Codebook, unpack
 from effjax.errors import CalibrationError, LeafError
 from effjax.lift.calibrate import InputStats
 from effjax.recipe import parse_method
@@ -25,7 +27,7 @@ def test_oracle(choice, seed):
     """A table of a slice is as good as a plain Lloyd's; then the sweep rounds to the nearest entry of the slice."""
     ((bits, groups), act_order), n, out = choice, 32, 3
     w, x = weights(n, out, seed), inputs(n, seed=seed)
-    q = compress(SpaLLM(bits=bits, groups=groups, start="even", act_order=act_order), w, statistics(x))
+    q = compress(SpaLLM(bits=bits, groups=groups, start="even", act_order=act_order, refit=0), w, statistics(x))
     assert isinstance(q, Codebook) and q.tables.shape == (groups, out, 2**bits) and q.scales is None
     h, size = moment(x), n // groups
     order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(n)
@@ -42,6 +44,23 @@ def test_oracle(choice, seed):
 
     best = layer_error(w, obq(w, h, 0.1, quantize, order if act_order else None)[0], h)
     assert layer_error(w, dense(q), h) == pytest.approx(best, rel=0.05, abs=1e-6 * np.trace(w.T @ h @ w))
+
+
+def test_refit_is_the_least_squares_fit():
+    """Each column's entries against numpy's solver for the codes that the sweep chose."""
+    w, x = weights(32, 3), inputs(32)
+    method = SpaLLM(bits=2, groups=2, damping=0.1, refit=20, table_dtype="float32")
+    q, h = compress(method, w, statistics(x)), moment(x)
+    codes = np.asarray(unpack(q.codes, 2, 32))
+    root = np.linalg.cholesky(h + 0.1 * np.diag(h).mean() * np.eye(32)).T
+    for o in range(3):
+        spread = np.zeros((32, 8))
+        spread[np.arange(32), np.arange(32) // 16 * 4 + codes[:, o]] = 1
+        best, *_ = np.linalg.lstsq(root @ spread, root @ w[:, o], rcond=None)
+        read = spread.any(0)
+        np.testing.assert_allclose(np.asarray(q.tables)[:, o].ravel()[read], best[read], rtol=1e-2, atol=1e-3)
+    before = layer_error(w, dense(compress(dataclasses.replace(method, refit=0), w, statistics(x))), h)
+    assert layer_error(w, dense(q), h) < before
 
 
 def test_better_sketches():
@@ -189,7 +208,10 @@ def test_errors_name_what_to_write():
     [
         ({"groups": 0}, "groups=0: tables an output, 1 or more"),
         ({"bits": 9}, "bits=9: choose 1 to 8"),
-        ({"p": -1.0}, "iterations=100, p=-1.0: at least one iteration and an exponent of 0"),
+        (
+            {"p": -1.0},
+            "iterations=100, refit=10, p=-1.0: at least one iteration, 0 or more steps and an exponent of 0 or more",
+        ),
         ({"start": "odd"}, "start='odd': choose 'split' or 'even'"),
         ({"table_dtype": "int8"}, "table_dtype='int8' is no floating dtype"),
         ({"damping": -1.0}, "damping=-1.0: a fraction of the Hessian's mean diagonal, 0 or more"),
