@@ -56,8 +56,8 @@ def test_every_lost_entry_is_named(case):
 def test_foreign_entries():
     named, manifest = encode({"w": example(ARRAYS[1])})
     known = (
-        "Adapter, Codebook, Hashed, LowRank, NMSparse, Permuted, Prepared, Quantized, RowScaled, Shared, Sum, UserTables, "
-        "View"
+        "Adapter, Codebook, Hashed, LowRank, NMSparse, Permuted, Prepared, Quantized, RowScaled, Shared, Sum, "
+        "UserTables, View"
     )
     for entry, text in (
         ({**manifest["w"], "kind": "Pickle"}, f"w: unknown kind 'Pickle'; known are {known}"),
