@@ -10,7 +10,7 @@ from effjax.hashing.integers import MultiplyShift, to_range
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CountSketch:
     """`depth` rows of `width` sums of entries with random signs (Charikar, Chen and Farach-Colton 2002).
 

@@ -61,7 +61,7 @@ def murmur3(words: UInt32[Array, "*batch words"], seed: UInt32[Array, "..."]) ->
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MultiplyShift:
     """`((sum_i a_i x_i + b) mod 2**64) >> 32` of keys of `words` words: strongly universal.
 
@@ -111,7 +111,7 @@ class MultiplyShift:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Tabulation:
     """The exclusive or of a table entry for each byte of the key: 3-independent, and for chains and probing as good as
     random (Zobrist 1970; Patrascu and Thorup 2012). A function takes 4 KiB.
@@ -141,7 +141,7 @@ class Tabulation:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Murmur:
     """MurmurHash3 with drawn seeds: four bytes a function, no guarantee, and no weakness on keys that occur by chance.
 

@@ -69,7 +69,7 @@ def _checked(**options: int | float) -> None:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PStable:
     """Hashes for Euclidean distance: `hashes` intervals `floor(a . x / width + b)` a row, rehashed to `buckets` cells.
 
@@ -138,7 +138,7 @@ class PStable:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SignProjections:
     """Hashes for the angle (SimHash, Charikar 2002): the signs of `hashes` projections a row, as one number.
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Race:
     """Row `l` adds the weight of a point into the cell that hash `l` gives it; a query averages the cells it hits.
 

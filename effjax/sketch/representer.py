@@ -13,7 +13,7 @@ from effjax.sketch.representer_kernel import Kind, RepresenterKernel
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RepresenterSketch:
     """A network as counts (Liu et al., "Efficient Inference via Universal LSH Kernel", 2021): nothing else is stored.
 

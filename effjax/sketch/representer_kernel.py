@@ -14,7 +14,7 @@ Kind = Literal["euclidean", "angular"]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RepresenterKernel:
     """`f(q) = sum_j alpha_j k(x_j, q A) + bias` (Liu et al., "Efficient Inference via Universal LSH Kernel", 2021).
 

@@ -194,7 +194,7 @@ def test_wrong_kernel_options(options, text):
 
 def test_wrong_sketch_options():
     with pytest.raises(ValueError, match="^rows=0, buckets=8: at least 1 row and 2 buckets$"):
-        build(rows=0)
+        build_sketch(kernel(), rows=0, buckets=8, key=jax.random.key(0))
     with pytest.raises(ValueError, match="projections='dense': choose 'gaussian' or 'sparse'"):
         build_sketch(kernel(), rows=3, buckets=8, key=jax.random.key(0), projections="dense")
     with pytest.raises(ValueError, match="^groups=7 does not divide 60 rows"):
