@@ -5,6 +5,7 @@ from effjax.ops.coded_slots import CodedSlots
 from effjax.ops.dispatch import explain
 from effjax.ops.matmul import matmul
 from effjax.ops.products import codebook_matmul, hashed_matmul, nm_matmul, quant_matmul
+from effjax.ops.representer import representer_query
 
 __all__ = [
     "CodedSlots",
@@ -16,4 +17,5 @@ __all__ = [
     "nm_matmul",
     "paged_decode_attention",
     "quant_matmul",
+    "representer_query",
 ]

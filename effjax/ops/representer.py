@@ -1,6 +1,7 @@
 """A query of a Representer Sketch: project, hash, look up, aggregate; natively on the CPU in one call."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def representer_query(
     batch = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     arrays = (flat, projection, hash_functions.directions, offsets, rehash.multiplier, rehash.addend, counts)
-    y = _query(signs, groups or 1, implementation, *arrays)
+    y: Any = _query(signs, groups or 1, implementation, *arrays)
     return y.reshape(*batch, counts.shape[-1])
 
 
@@ -84,9 +85,10 @@ def _forward(signs: bool, groups: int, implementation: str | None, *arrays: jax.
 
 
 def _backward(signs: bool, groups: int, implementation: str | None, arrays: tuple, g: jax.Array) -> tuple:
-    *fixed, counts = arrays
-    _, pull = jax.vjp(lambda counts: _reference(*fixed, counts, signs=signs, groups=groups), counts)
-    return (*(None for _ in fixed), *pull(g))
+    def reference(counts: jax.Array) -> jax.Array:
+        return _reference(*arrays[:-1], counts, signs=signs, groups=groups)
+
+    return (*(None for _ in arrays[:-1]), *jax.vjp(reference, arrays[-1])[1](g))
 
 
 _query.defvjp(_forward, _backward)

@@ -109,8 +109,8 @@ def distillation_loss(
     x: Float[Array, "batch in"],
     targets: Float[Array, "batch outputs"],
     *,
-    spread: float = 0.0,
-    norm: float = 0.0,
+    spread: float | Float[Array, ""] = 0.0,
+    norm: float | Float[Array, ""] = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, tuple[Array, Array]]]:
     """The squared error of the kernel, and what a sketch of it will add.
 
