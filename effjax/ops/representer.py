@@ -35,8 +35,8 @@ def representer_query(
         hash_functions: with rehashing, `rows` of them to `buckets` cells.
         counts: of a `effjax.hashing.race.Race`.
         groups: divides the rows.
-        implementation: "reference" or "cpu"; None takes the native kernel in a program for one CPU, else the reference.
-            A code that lies within rounding of a boundary may differ between the two.
+        implementation: "reference" or "cpu"; None takes the native kernel in a jitted program for one CPU, else the
+            reference. A code that lies within rounding of a boundary may differ between the two.
 
     Raises:
         ValueError: shapes that do not fit together, or an implementation that does not run here.
@@ -94,18 +94,8 @@ def _backward(signs: bool, groups: int, implementation: str | None, arrays: tupl
 _query.defvjp(_forward, _backward)
 
 
-def _reference(
-    x: jax.Array,
-    projection: jax.Array,
-    directions: jax.Array,
-    offsets: jax.Array,
-    multiplier: jax.Array,
-    addend: jax.Array,
-    counts: jax.Array,
-    *,
-    signs: bool,
-    groups: int,
-) -> jax.Array:
+def _reference(*arrays: jax.Array, signs: bool, groups: int) -> jax.Array:
+    x, projection, directions, offsets, multiplier, addend, counts = arrays
     rehash = MultiplyShift(multiplier=multiplier, addend=addend)
     rows, buckets, outputs = counts.shape
     if signs:
