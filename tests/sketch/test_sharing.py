@@ -46,6 +46,7 @@ def forward(params, x):
 
 
 folded = jax.jit(fold_slots)
+materialized = jax.jit(lambda shared: ej.materialize(expand(shared)))
 INPUTS = jax.random.normal(jax.random.key(2), (6, 12))
 
 
@@ -84,9 +85,9 @@ def row(params):
 def test_weights_are_the_table_through_the_map(method):
     shared = share_params(model(), method, key=KEY)
     assert shared.table.size == -(-190 // method.ratio) and ej.nbytes(shared) == 4 * (shared.table.size + 2 * 3 + 17)
-    dense = ej.materialize(expand(shared))
+    dense = materialized(shared)
     np.testing.assert_allclose(row(dense), design(shared) @ np.asarray(shared.table), rtol=1e-6, atol=1e-6)
-    assert dense["up"]["bias"] is shared.params["up"]["bias"]
+    assert expand(shared)["up"]["bias"] is shared.params["up"]["bias"]
 
 
 @methods
@@ -111,7 +112,7 @@ def test_an_initialisation_keeps_its_spread(make):
     params = {
         name: {"kernel": s * jax.random.normal(k, (64, 48))} for name, s, k in zip("ab", (2.0, 0.01), keys, strict=True)
     }
-    dense = ej.materialize(expand(share_params(params, make(ratio=10), key=KEY)))
+    dense = materialized(share_params(params, make(ratio=10), key=KEY))
     for name, scale in (("a", 2.0), ("b", 0.01)):
         assert 0.7 < np.std(dense[name]["kernel"]) / scale < 1.45
 
@@ -131,7 +132,7 @@ def test_ratio_one_is_the_dense_model(start, table_std):
     """The same bits, and the same bits after steps of gradient descent with momentum: Pareto-continuity."""
     params = model()
     shared = share_params(params, StableRPS(ratio=1, start=start, table_std=table_std), key=KEY)
-    assert_same_bytes(ej.materialize(expand(shared)), params)
+    assert_same_bytes(materialized(shared), params)
     scales = slot_scales(shared)
     trained, frozen = ej.partition(shared)
 
@@ -154,7 +155,7 @@ def test_ratio_one_is_the_dense_model(start, table_std):
     velocity = jax.tree.map(jnp.zeros_like, trained)
     for _ in range(5):
         dense, dense_velocity, trained, velocity = both(dense, dense_velocity, trained, velocity)
-    after = ej.materialize(expand(ej.combine(trained, frozen)))
+    after = materialized(ej.combine(trained, frozen))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), after, dense)
     assert np.abs(row(after) - row(params)).max() > 1e-2
 
@@ -177,7 +178,7 @@ def test_gradient_of_the_table(method, how):
         return jnp.square(apply(expand(shared.replace(table=table)), INPUTS)).sum()
 
     got = jax.jit(jax.grad(loss))(shared.table)
-    dense = jax.grad(lambda p: jnp.square(forward(p, INPUTS)).sum())(ej.materialize(expand(shared)))
+    dense = jax.grad(lambda p: jnp.square(forward(p, INPUTS)).sum())(materialized(shared))
     np.testing.assert_allclose(got, design(shared).T @ row(dense), rtol=1e-4, atol=1e-4)
 
 
@@ -198,18 +199,42 @@ def test_scales(method):
 
 def test_steps_do_not_know_the_spread_of_the_table():
     """The instability that the scales mend: a step of plain ROAST grows with the square of a leaf's scale."""
+    summed_gradient = jax.jit(jax.grad(lambda t, s: forward(ej.materialize(expand(s.replace(table=t))), INPUTS).sum()))
     moved = {}
     for std in (1.0, 2.0**6):
         for make in (ROAST, StableRPS):
             shared = share_params(model(), make(ratio=4, table_std=std), key=KEY)
-            gradient = jax.grad(lambda t, s=shared: forward(ej.materialize(expand(s.replace(table=t))), INPUTS).sum())
-            step = shared.replace(table=gradient(shared.table))
+            step = shared.replace(table=summed_gradient(shared.table, shared))
             if make is StableRPS:
                 scales = slot_scales(shared)
                 step = scale_updates(scale_gradients(step, scales), scales)
             moved[make, std] = design(shared) @ np.asarray(step.table)
     np.testing.assert_allclose(moved[StableRPS, 2.0**6], moved[StableRPS, 1.0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(moved[ROAST, 2.0**6], moved[ROAST, 1.0] / 2.0**12, rtol=1e-3, atol=1e-8)
+
+
+def test_no_dense_weight_is_kept_for_the_gradient():
+    """What `vjp` holds is the table, seeds and activations: a dense copy of a weight would be 128 KB."""
+    params = {
+        name: {"kernel": jnp.ones((128, 256)).T if odd else jnp.ones((128, 256))} for name, odd in zip("abc", (0, 1, 0))
+    }
+    shared = share_params(params, StableRPS(ratio=64), key=KEY)
+
+    def chain(params, x):
+        for name in "abc":
+            x = jnp.tanh(x @ params[name]["kernel"])
+        return x
+
+    def kept(apply):
+        closure = jax.eval_shape(
+            lambda table, x: jax.vjp(lambda t: apply(expand(shared.replace(table=t)), x), table)[1],
+            shared.table,
+            jnp.ones((2, 128)),
+        )
+        return ej.nbytes(closure)
+
+    assert kept(ej.lift(chain)) < 128 * 256 * 4 / 4
+    assert kept(lambda params, x: chain(ej.materialize(params), x)) > 3 * 128 * 256 * 4
 
 
 def test_other_shapes():
@@ -222,7 +247,7 @@ def test_other_shapes():
     shared = share_params(params, StableRPS(ratio=1), key=KEY)
     assert shared.table.shape == (180,)
     expanded = expand(shared)
-    assert_same_bytes(ej.materialize(expanded), params)
+    assert_same_bytes(materialized(shared), params)
     assert expanded["layers"]["mlp"]["kernel"].table.shape == (3, 180)
     assert expanded["conv"]["kernel"].array.table.shape == (180,)
 
