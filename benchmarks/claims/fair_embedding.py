@@ -354,6 +354,9 @@ def main() -> int:
         "synthetic: FAIR over small devices dropped": Bar(mean["FAIR"] / mean["small devices dropped"], low=1.5),
         "synthetic: FAIR over inconsistent hashing": Bar(mean["FAIR"] / mean["inconsistent hashing"], low=1.5),
         "synthetic, 32x: FAIR over popularity": Bar(little["FAIR"] / little["popularity"], low=1),
+        "synthetic, 32x: FAIR by changes (delta) over popularity": Bar(
+            little["FAIR, delta"] / little["popularity"], low=1
+        ),
         "synthetic, 32x: low rank is built": Bar(float("low rank (FedHM)" in little), high=0),
     }
     figures: dict[str, Any] = {"synthetic 4x": quarter, "synthetic 32x": small}

@@ -147,7 +147,6 @@ def expand(shared: SharedParams) -> PyTree:
         >>> jax.grad(loss)(shared.table).shape
         (16,)
     """
-
     return map_with_paths(lambda _, leaf: with_table(leaf, shared.table), shared.params)
 
 
@@ -175,12 +174,12 @@ def _added(
     """The leaf without its table, and the sums of the table with those of the leaf."""
     *lead, n, out = matrix.shape
     spread = jnp.sqrt(jnp.mean(jnp.square(matrix.astype(jnp.float32)), axis=(-2, -1)))
-    exponent = jnp.round(jnp.log2(spread / method.table_std)).clip(-100, 100).astype(jnp.int32)
+    exponent = jnp.round(jnp.log2(spread / method.table_std)).clip(-60, 60)  # float32 holds the squares of scales
     index = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
     array = Shared(
         seed=jnp.broadcast_to(seed, lead),
         start=place + index * jnp.uint32(n * out),
-        exponent=exponent,
+        exponent=exponent.astype(jnp.int32),
         in_features=n,
         out_features=out,
         block=method.block,
