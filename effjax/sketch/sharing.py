@@ -125,10 +125,13 @@ def share_params(params: PyTree, method: Sharing, *, key: jax.Array, where: Wher
         matrix = fold(leaf.value, in_axes, out_axes)
         if not _compat.is_tracer(matrix) and not bool(jnp.any(matrix)):
             raise LeafError(f"{path} {list(matrix.shape)} is all zeros, so it has no scale: leave it out with where=")
-        array, total, weight = _added(matrix, seed, jnp.uint32(place), total, weight, method)
+        fixed = {"block": method.block, "start": method.start}
+        array, total, weight = _added(matrix, seed, jnp.uint32(place), total, weight, method.table_std, **fixed)
         shared[path] = unfold(array, leaf.value.shape, in_axes, out_axes)
         place += leaf.value.size
-    table = _started(total, weight, method).astype(jnp.result_type(*(leaf.value.dtype for leaf in leaves.values())))
+    table = _started(total, weight, start=method.start).astype(
+        jnp.result_type(*(leaf.value.dtype for leaf in leaves.values()))
+    )
     return SharedParams(table, map_with_paths(lambda path, x: shared.get(path, x), params))
 
 
@@ -167,14 +170,22 @@ def per_matrix(fn: Any, array: Shared, *args: jax.Array, out: PyTree) -> PyTree:
     return out
 
 
-@partial(jax.jit, static_argnames="method")
+@partial(jax.jit, static_argnames=("block", "start"))
 def _added(
-    matrix: jax.Array, seed: jax.Array, place: jax.Array, total: jax.Array, weight: jax.Array, method: Sharing
+    matrix: jax.Array,
+    seed: jax.Array,
+    place: jax.Array,
+    total: jax.Array,
+    weight: jax.Array,
+    table_std: Any,
+    *,
+    block: int | None,
+    start: str,
 ) -> tuple[Shared, jax.Array, jax.Array]:
     """The leaf without its table, and the sums of the table with those of the leaf."""
     *lead, n, out = matrix.shape
     spread = jnp.sqrt(jnp.mean(jnp.square(matrix.astype(jnp.float32)), axis=(-2, -1)))
-    exponent = jnp.round(jnp.log2(spread / method.table_std)).clip(-60, 60)  # float32 holds the squares of scales
+    exponent = jnp.round(jnp.log2(spread / table_std)).clip(-60, 60)  # float32 holds the squares of scales
     index = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
     array = Shared(
         seed=jnp.broadcast_to(seed, lead),
@@ -182,20 +193,20 @@ def _added(
         exponent=exponent.astype(jnp.int32),
         in_features=n,
         out_features=out,
-        block=method.block,
+        block=block,
         dtype=np.dtype(matrix.dtype),
     )
 
     def add(array: Shared, w: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         slot, factor = array.slots_and_factors(jnp.arange(n), total.size)
         w = w.astype(jnp.float32)
-        value, square = (factor * w, factor**2) if method.start == "fit" else (w / factor, jnp.ones_like(factor))
+        value, square = (factor * w, factor**2) if start == "fit" else (w / factor, jnp.ones_like(factor))
         return sums[0].at[slot].add(value), sums[1].at[slot].add(square)
 
     return array, *per_matrix(add, array, matrix, out=(total, weight))
 
 
-@partial(jax.jit, static_argnames="method")
-def _started(total: jax.Array, weight: jax.Array, method: Sharing) -> jax.Array:
+@partial(jax.jit, static_argnames="start")
+def _started(total: jax.Array, weight: jax.Array, *, start: str) -> jax.Array:
     weight = jnp.where(weight > 0, weight, 1)
-    return total / (weight if method.start == "fit" else jnp.sqrt(weight))
+    return total / (weight if start == "fit" else jnp.sqrt(weight))
