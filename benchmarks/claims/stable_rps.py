@@ -328,7 +328,7 @@ def main() -> int:
     for ratio in RATIOS:
         ours = mean[f"{ratio} STABLE-RPS"]
         for other in ("ROAST", "smaller dense", "pruned at initialisation", "trained, pruned, trained"):
-            informed = "mixed: lottery tickets win at low ratios" if other.startswith("trained") else "better"
+            informed = "informed pruning wins at low ratios" if other.startswith("trained") else "better"
             bars[f"{ratio}x: STABLE-RPS minus {other}, points"] = Bar(
                 ours - mean[f"{ratio} {other}"], low=0, paper=informed
             )
