@@ -45,6 +45,7 @@ def robe_lookup(
         ValueError: a block that is not from 1 to the number of slots.
 
     Example:
+        >>> import jax
         >>> table = jax.random.normal(jax.random.key(0), (1000,))
         >>> robe_lookup(table, jnp.uint32(7), jnp.array([[3, 900_000]]), features=16, block=8).shape
         (1, 2, 16)
@@ -79,6 +80,7 @@ def unified_lookup(
         ValueError: another number of features than of seeds, or no look-ups.
 
     Example:
+        >>> import jax
         >>> table = jax.random.normal(jax.random.key(0), (100, 8))
         >>> ids = jnp.array([[3, 5, 3], [4, 5, 1]])
         >>> unified_lookup(table, feature_seeds(0, 3), ids, lookups=2).shape
