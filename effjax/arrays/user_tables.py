@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -41,10 +40,7 @@ class UserTables(Wrapping):
 
     def of(self, user: int | jax.Array) -> CompressedArray:
         """The weight of one user."""
-        return self.with_tables(jnp.take(self.tables, user, axis=-4))
-
-    def with_tables(self, tables: jax.Array) -> CompressedArray:
-        """`array` with other tables."""
+        tables = jax.lax.dynamic_index_in_dim(self.tables, user, self.tables.ndim - 4, keepdims=False)
         inner = self.array.array if isinstance(self.array, Prepared) else self.array
         assert isinstance(inner, Codebook)
         inner = inner.replace(tables=tables)

@@ -108,7 +108,8 @@ def _by_user(product: Callable[..., jax.Array], x: jax.Array, w: UserTables) -> 
             f"{w}: users are named for a batch of {len(w.users)}, but {list(x.shape)} is multiplied: its leading axis "
             "must be that batch (effjax.sketch.for_users)"
         )
-    return jax.lax.map(lambda row: product(row[0], w.with_tables(row[1])), (x, w.tables[w.users]))
+    # A slice at a time: gathering the tables of all rows first would copy them once more, element by element.
+    return jax.lax.map(lambda row: product(row[0], w.of(row[1])), (x, w.users))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))

@@ -107,7 +107,8 @@ def test_gradients(case):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert len(jax.tree.leaves(got)) >= 2
     for g, h in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.abs(np.asarray(h, np.float32)).max() > 0
+        unnamed = isinstance(example(case), ej.arrays.UserTables) and h.ndim == 4  # of users that have no rows
+        assert np.abs(np.asarray(h, np.float32)).max() > 0 or unnamed
         assert_close(g, h, 1e-5 if h.dtype == jnp.float32 else 2e-3)
 
 
