@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax.typing import ArrayLike
 
 from effjax.adapters import map_matrix
 from effjax.arrays.base import PyTree
@@ -63,7 +63,7 @@ def stack_tables(base: PyTree, tables: Sequence[PyTree], *, dtype: Any = None) -
     return map_with_paths(served, base)
 
 
-def for_users(params: PyTree, users: Int[Array, " batch"]) -> PyTree:
+def for_users(params: PyTree, users: ArrayLike) -> PyTree:
     """Names the user of every row of the batches to come; may be called under `jit`.
 
     Args:

@@ -93,19 +93,20 @@ def test_other_methods(tiny, monkeypatch, tmp_path, method, capsys):
         assert isinstance(leaf.parts[1], Adapter) and np.asarray(leaf.parts[1].b).any()
 
 
-def test_a_compressed_model_is_tuned_as_it_is(tiny, tuned, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [])
-    where = ["--model", str(tuned / "model"), "--text", str(tiny / "text.txt"), "--out", str(tmp_path / "again")]
-    monkeypatch.setattr(sys, "argv", ["train.finetune", *where, *FLAGS, "--steps", "2", "--bits", "4"])
+def test_what_the_command_line_compressed_is_tuned_as_it_is(tiny, monkeypatch, tmp_path):
+    text, small = str(tiny / "text.txt"), tmp_path / "small"
+    calibration = ["--calibration", text, "--calibration-windows", "2", "--calibration-length", "24"]
+    sketch = ["--method", "spallm", "--bits", "2", "--set", "groups=2"]
+    assert effjax_main(["compress", str(tiny / "tiny"), *sketch, *calibration, "--out", str(small)]) == 0
+    where = ["train.finetune", "--model", str(small), "--text", text, *FLAGS, "--out"]
+    monkeypatch.setattr(sys, "argv", [*where, str(tmp_path / "tuned"), "--steps", "2"])
     main()
-    again, before = (
-        load_checkpoint(d / "model").params["layers_0"]["mlp"]["up_proj"]["kernel"] for d in (tmp_path / "again", tuned)
-    )
-    np.testing.assert_array_equal(again.codes, before.codes)
-    assert (np.asarray(again.tables) != np.asarray(before.tables)).any()
-    monkeypatch.setattr(
-        sys, "argv", ["train.finetune", *where[:-1], str(tmp_path / "full"), *FLAGS, "--method", "full"]
-    )
+    paths = small, tmp_path / "tuned" / "model"
+    before, after = (load_checkpoint(d).params["layers_0"]["mlp"]["up_proj"]["kernel"] for d in paths)
+    assert after.tables.shape == (2, 64, 4)
+    np.testing.assert_array_equal(after.codes, before.codes)
+    assert (np.asarray(after.tables) != np.asarray(before.tables)).any()
+    monkeypatch.setattr(sys, "argv", [*where, str(tmp_path / "full"), "--method", "full"])
     with pytest.raises(SystemExit, match="error: --method full trains dense weights, and this model is compressed"):
         main()
 
@@ -117,7 +118,6 @@ def test_a_compressed_model_is_tuned_as_it_is(tiny, tuned, monkeypatch, tmp_path
         (["--context", "64"], "context=64: tiny has 64 positions"),
         (["--text", "nowhere.txt"], "--text nowhere.txt: cannot be read as UTF-8 text"),
         (["--method", "qlora"], r"kernel \[32, 16\]: group_size=64 does not divide its 32 inputs"),
-        (["--bits", "9"], "bits=9: choose 1 to 8"),
     ],
 )
 def test_errors_are_one_line(tiny, monkeypatch, tmp_path, flags, text):
@@ -127,7 +127,11 @@ def test_errors_are_one_line(tiny, monkeypatch, tmp_path, flags, text):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"heldout": 1.0}, "heldout=1.0: must be between 0 and 1"), ({"rank": 0}, "rank=0: must be at least 1")],
+    [
+        ({"bits": 9}, "bits=9: choose 1 to 8"),
+        ({"heldout": 1.0}, "heldout=1.0: must be between 0 and 1"),
+        ({"rank": 0}, "rank=0: must be at least 1"),
+    ],
 )
 def test_settings_that_cannot_work(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
