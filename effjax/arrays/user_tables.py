@@ -25,6 +25,7 @@ class UserTables(Wrapping):
         users: `int32[*L, batch]`, the user of each entry of the leading axis of whatever is multiplied; or None.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> base = Codebook.from_codes(jnp.array([[0], [1]]), jnp.array([1.0, 2.0]).reshape(1, 1, 2), dtype=jnp.float32)
         >>> both = UserTables(array=base, tables=jnp.stack([base.tables, -base.tables]))
         >>> both.shape, both.of(1).materialize().ravel().tolist()
