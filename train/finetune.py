@@ -9,7 +9,6 @@ The result, `runs/notes/model`, is the tuned model in the compressed form it was
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import effjax as ej
 from effjax.cli.inputs import Opened, open_model
-from effjax.errors import ConfigError, EffjaxError
+from effjax.errors import ConfigError
 from effjax.evaluate import windows_from_text
 from effjax.io.checkpoint import save_checkpoint
 from effjax.models.decoder import Decoder
 from effjax.recipe import Recipe, apply_recipe, parse_method
 from effjax.sketch import partition_tables
+from train.command import run
 from train.loop import LoopConfig, fit
 
 PASSING = ("out", "resume", "mesh", "log_every", "eval_every", "save_every", "keep", "stop_at")  # may change on the way
@@ -255,15 +254,7 @@ def _leaves(params: Any) -> list[Any]:
 
 
 def main() -> None:
-    """Reads the command line; an error that effjax raised on purpose is one line and exit code 1."""
-    try:
-        config = tyro.cli(FinetuneConfig, prog="python -m train.finetune", description=__doc__)
-        figures = finetune(config)
-    except EffjaxError as error:
-        sys.exit(f"error: {error}")
-    if figures is not None:
-        print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        print(f"wrote {config.out / 'model'}")
+    run(FinetuneConfig, finetune, prog="python -m train.finetune", description=__doc__)
 
 
 if __name__ == "__main__":

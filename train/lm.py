@@ -10,22 +10,21 @@ import dataclasses
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from effjax.data import python_docs
-from effjax.errors import ConfigError, EffjaxError
+from effjax.errors import ConfigError
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder
 from effjax.models.generate import generate_text
 from effjax.models.hf import LoadedModel, save_hf
+from train.command import run
 from train.lm_card import write_card
 from train.loop import LoopConfig, fit
 
@@ -257,15 +256,7 @@ def command_of(config: LmConfig) -> str:
 
 
 def main() -> None:
-    """Reads the command line; an error that effjax raised on purpose is one line and exit code 1."""
-    config = tyro.cli(LmConfig, prog="python -m train.lm", description=__doc__)
-    try:
-        figures = train(config)
-    except EffjaxError as error:
-        sys.exit(f"error: {error}")
-    if figures is not None:
-        print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        print(f"wrote {config.out / 'model'}")
+    run(LmConfig, train, prog="python -m train.lm", description=__doc__)
 
 
 if __name__ == "__main__":
