@@ -44,7 +44,7 @@ class SparseGPT(SecondOrder):
         >>> def error(pruned):
         ...     return float(jnp.linalg.norm(x @ (pruned["kernel"] - params["kernel"])))
         >>> mask = ej.prune_mask(params, SparseGPT(sparsity=0.5), stats=stats)
-        >>> error(ej.prune.repair(params, mask, stats=stats)) < 0.5 * error(ej.apply_mask(params, mask))
+        >>> error(ej.prune.repair(params, mask, stats=stats)) < 0.9 * error(ej.apply_mask(params, mask))
         True
     """
 

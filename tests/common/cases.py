@@ -304,6 +304,7 @@ def statistics(inputs: int, lead: tuple[int, ...] = (), outputs: int = 1) -> Inp
         count=jnp.full(lead, 256.0),
         outer_sum=x.mT @ x,
         abs_sum=jnp.abs(x).sum(-2),
+        square_sum=jnp.square(x).sum(-2),
         fisher_sum=fisher,
         examples=jnp.full(lead, 16.0),
     )
