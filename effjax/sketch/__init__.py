@@ -14,7 +14,7 @@ from effjax.sketch.sharing import SharedParams, expand, share_params
 from effjax.sketch.spallm import SpaLLM
 from effjax.sketch.stable_rps import SlotScales, StableRPS, scale_gradients, scale_updates, slot_scales
 from effjax.sketch.subspace import Subspace, average
-from effjax.sketch.tables import partition_tables
+from effjax.sketch.tables import partition_tables, scale_by_spread
 
 __all__ = [
     "ROAST",
@@ -41,6 +41,7 @@ __all__ = [
     "query_sketch",
     "robe_lookup",
     "save_sketch",
+    "scale_by_spread",
     "scale_gradients",
     "scale_updates",
     "share_params",

@@ -15,7 +15,7 @@ from effjax.arrays import Codebook, unpack
 from effjax.errors import CalibrationError, LeafError
 from effjax.lift.calibrate import InputStats
 from effjax.recipe import parse_method
-from effjax.sketch import SpaLLM
+from effjax.sketch import SpaLLM, scale_by_spread
 from tests.quantize.second_order import inputs, layer_error, moment, obq
 from tests.quantize.test_gptq import compress, dense, statistics, weights
 from tests.quantize.test_leanquant import is_table_of_lloyd, shares
@@ -225,3 +225,14 @@ def test_wrong_options(options, text):
 @pytest.mark.parametrize("name", ["spallm", "SpaLLM", "spa_llm", "spa-llm"])
 def test_name(name):
     assert parse_method(name, bits=3, groups=4) == SpaLLM(bits=3, groups=4)
+
+
+def test_steps_in_units_of_the_spread_do_not_know_the_size_of_an_output():
+    """An output whose weights are a hundred times larger moves a hundred times further, its function likewise."""
+    tables = {"kernel": jnp.array([[[1.0, -2.0], [100.0, -200.0]], [[3.0, 0.0], [300.0, 0.0]]])}  # two groups
+    optimizer = optax.chain(optax.adam(0.1), scale_by_spread())
+    grads = jax.tree.map(lambda t: 1 / t.at[1, :, 1].set(jnp.array([1.0, 100.0])), tables)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tables), tables)
+    spread = np.sqrt((1 + 4 + 9 + 0) / 4)
+    np.testing.assert_allclose(updates["kernel"][:, 0], -0.1 * spread * np.sign(grads["kernel"][:, 0]), rtol=1e-4)
+    np.testing.assert_allclose(updates["kernel"][:, 1], 100 * updates["kernel"][:, 0], rtol=1e-4)
