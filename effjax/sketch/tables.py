@@ -55,8 +55,8 @@ def scale_by_spread() -> optax.GradientTransformation:
         [-0.06, -0.002]
     """
 
-    def init(tables: optax.Params) -> optax.OptState:
-        return jax.tree.map(lambda t: jnp.sqrt(jnp.square(t).mean((-3, -1), keepdims=True)), tables)
+    def init(params: optax.Params) -> optax.OptState:
+        return jax.tree.map(lambda t: jnp.sqrt(jnp.square(t).mean((-3, -1), keepdims=True)), params)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
