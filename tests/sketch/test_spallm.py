@@ -89,7 +89,7 @@ def test_counting_rules():
     moments = {n: jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (4096, 11008)}
 
     def sketch(n, out, method):
-        stats = InputStats(count=jnp.float32(1), outer_sum=moments[n])
+        stats = InputStats(count=jnp.float32(1), outer_sum=moments[n])  # type: ignore[arg-type]
         return jax.eval_shape(
             lambda w, s: method.compress(w, stats=s), jax.ShapeDtypeStruct((n, out), jnp.bfloat16), stats
         )
@@ -149,7 +149,7 @@ def test_gradients_of_tables_add_up_in_float32():
 def test_no_dense_residual():
     """The backward pass keeps codes, tables and inputs: fewer bytes than the dense weight has."""
     method, n, out, rows = SpaLLM(bits=4, groups=2), 256, 192, 2
-    stats = InputStats(count=jnp.float32(1), outer_sum=jax.ShapeDtypeStruct((n, n), jnp.float32))
+    stats = InputStats(count=jnp.float32(1), outer_sum=jax.ShapeDtypeStruct((n, n), jnp.float32))  # type: ignore[arg-type]
     w = jax.ShapeDtypeStruct((n, out), jnp.float32)
     q = jax.eval_shape(lambda w, s: method.compress(w, stats=s), w, stats)
     tables, codes = ej.partition({"kernel": q})
