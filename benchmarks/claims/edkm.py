@@ -9,7 +9,6 @@ jax.config.update("jax_num_cpu_devices", 8)  # before a backend starts: the shar
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
-import gzip  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -25,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import effjax as ej  # noqa: E402
 from benchmarks.bars import Bar, conclude  # noqa: E402
+from benchmarks.mnist import read_mnist  # noqa: E402
 from effjax.quantize import DKM, EDKM, RTN, dkm_soft, edkm_soft  # noqa: E402
 from effjax.quantize.centroids import nearest  # noqa: E402
 
@@ -172,20 +172,12 @@ Data = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def load(directory: str) -> Data:
-    folder = Path(directory) / "images" / "mnist"
-
-    def idx(name: str, offset: int) -> np.ndarray:
-        with gzip.open(folder / name) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=offset)
-
     def ready(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        flat = (x.reshape(-1, 784).astype(np.float32) / 255 - 0.1307) / 0.3081
+        flat = (x.astype(np.float32) / 255 - 0.1307) / 0.3081
         return jnp.asarray(flat), jnp.asarray(y.astype(np.int32))
 
-    with np.load(folder / "mnist_train_images.npz") as file:
-        x, y = file["images"], file["labels"]
-    test = ready(idx("t10k-images-idx3-ubyte.gz", 16), idx("t10k-labels-idx1-ubyte.gz", 8))
-    return {"train": ready(x[:-5000], y[:-5000]), "held out": ready(x[-5000:], y[-5000:]), "test": test}
+    (x, y), test = read_mnist(Path(directory))
+    return {"train": ready(x[:-5000], y[:-5000]), "held out": ready(x[-5000:], y[-5000:]), "test": ready(*test)}
 
 
 MODEL = MLP()

@@ -9,7 +9,6 @@ other claims. Digits and MNIST are told odd from even.
 import argparse
 import csv
 import dataclasses
-import gzip
 import lzma
 import statistics
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 
 from benchmarks.bars import Bar, conclude
+from benchmarks.mnist import read_mnist
 from effjax.sketch import (
     RepresenterKernel,
     RepresenterSketch,
@@ -78,23 +78,15 @@ def digits(folder: Path, seed: int) -> Data:
 
 
 def mnist(folder: Path, seed: int) -> Data:
-    folder = folder / "images" / "mnist"
-
-    def idx(name: str, offset: int) -> np.ndarray:
-        with gzip.open(folder / name) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=offset)
-
     def ready(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(x.reshape(-1, 784) / np.float32(255) - 0.1307, jnp.float32), jnp.asarray(y % 2, jnp.float32)
+        return jnp.asarray(x / np.float32(255) - 0.1307, jnp.float32), jnp.asarray(y % 2, jnp.float32)
 
-    with np.load(folder / "mnist_train_images.npz") as file:
-        x, y = file["images"], file["labels"]
+    (x, y), test = read_mnist(folder)
     order = np.random.default_rng(seed).permutation(len(x))
-    test = ready(idx("t10k-images-idx3-ubyte.gz", 16), idx("t10k-labels-idx1-ubyte.gz", 8))
     return {
         "train": ready(x[order[5000:]], y[order[5000:]]),
         "held out": ready(x[order[:5000]], y[order[:5000]]),
-        "test": test,
+        "test": ready(*test),
     }
 
 

@@ -5,7 +5,6 @@ python -m benchmarks.claims.stable_rps --data DIR    (DIR/images/mnist: the four
 
 import argparse
 import dataclasses
-import gzip
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ import optax
 
 import effjax as ej
 from benchmarks.bars import Bar, conclude
+from benchmarks.mnist import read_mnist
 from effjax.sketch import (
     ROAST,
     SharedParams,
@@ -43,19 +43,14 @@ Data = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def load(root: str) -> Data:
-    folder = Path(root) / "images/mnist"
-    train = np.load(folder / "mnist_train_images.npz")
-    images = np.frombuffer(gzip.open(folder / "t10k-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-    labels = np.frombuffer(gzip.open(folder / "t10k-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
-
     def split(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(x.reshape(-1, 784) / 255.0, jnp.float32), jnp.asarray(y, jnp.int32)
+        return jnp.asarray(x / 255.0, jnp.float32), jnp.asarray(y, jnp.int32)
 
-    x, y = train["images"], train["labels"]
+    (x, y), test = read_mnist(Path(root))
     return {
         "train": split(x[:TRAIN], y[:TRAIN]),
         "held out": split(x[-HELD_OUT:], y[-HELD_OUT:]),
-        "test": split(images, labels),
+        "test": split(*test),
     }
 
 
