@@ -143,11 +143,11 @@ def _compile(compiler: list[str], sources: list[pathlib.Path], include: pathlib.
         return ""
 
 
-def digest_of_inputs(compiler: list[str], sources: list[pathlib.Path], include: pathlib.Path) -> str:
+def digest_of_inputs(compiler: list[str], source_directory: pathlib.Path, include: pathlib.Path) -> str:
     """SHA-256 over all that decides what a library holds: the command, its flags, the sources and the headers."""
     digest = hashlib.sha256(repr((compiler, COMPILE_FLAGS, LINK_FLAGS, platform.machine())).encode())
-    headers = [header for source in sources[:1] for header in sorted(source.parent.glob("*.h"))]
-    for path in (*sources, *headers, *sorted((include / FFI_HEADER).parent.glob("*.h"))):
+    own, ffi = (sorted(d.glob("*.[ch]*")) for d in (source_directory, (include / FFI_HEADER).parent))
+    for path in (*own, *ffi):
         digest.update(repr((path.name, variant_flags(path))).encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -186,11 +186,10 @@ def build(
     if compiler is not None and include is None:
         error = header_error
     if compiler is not None and include is not None:
-        sources = sorted(source_directory.glob("*.cc"))
-        inputs = digest_of_inputs(compiler, sources, include)
+        inputs = digest_of_inputs(compiler, source_directory, include)
         if _made_of(target_directory) == inputs:
             return BuildResult(built=True, message="unchanged since they were built", inputs=inputs)
-        error = _compile(compiler, sources, include, target)
+        error = _compile(compiler, sorted(source_directory.glob("*.cc")), include, target)
     if error:
         target.unlink(missing_ok=True)
         result = BuildResult(built=False, message=error)
