@@ -15,22 +15,19 @@ struct Lookup {
   using F = typename S::F;
   static constexpr int kBytes = S::kBytes;   // columns that are turned together
   static constexpr int kLanes = kBytes / 4;  // inputs of a vector of weights
-  // With many rows, the weights of some columns and inputs are looked up for some rows at a time, so that activations,
-  // weights and sums stay in the second-level cache.
-  static constexpr int64_t kColumnsAtOnce = 8, kMostRows = 256, kMost = 32768;  // the last: weights, in floats
-  static constexpr int kTileColumns = S::kTileColumns, kTileRows = S::kTileRows;
+  static constexpr int64_t kPanelInputs = 512;  // whose weights are looked up together for many rows
+  static constexpr int64_t kTile = S::kTileVectors * kLanes;  // columns whose sums are in registers together
 
-  // ---- activations: [chunks][fields][lanes] ----------------------------------------------------------------------
+  // ---- the activations of one row: [chunks][fields][lanes] -------------------------------------------------------
 
-  static void Order(const CodebookProblem& p, const float* x, int64_t row) {
+  static void Order(const CodebookProblem& p) {
     const int64_t fields = FieldsOf(p.bits);
-    const float* from = x + row * p.in;
-    float* to = p.ordered + row * p.stride;
+    float* to = p.ordered;
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
       for (int64_t k = 0; k < fields; ++k) {
         for (int64_t lane = 0; lane < kLanes; ++lane) {
           const int64_t i = (chunk * kLanes + lane) * fields + k;
-          *to++ = i < p.in ? from[i] : 0.0f;
+          *to++ = i < p.in ? p.x[i] : 0.0f;
         }
       }
     }
@@ -162,7 +159,8 @@ struct Lookup {
         for (int64_t column = left; column < right; column += kBytes) {
           const int64_t columns = Min(kBytes, right - column);
           const int64_t bytes = kLanes * kFields * kBits / 8;
-          Turn<kBits>(p, chunk, column, columns, column + kBytes < right ? kBytes : left - column + bytes * p.codes.row, words);
+          const int64_t ahead = column + kBytes < right ? kBytes : left - column + bytes * p.codes.row;
+          Turn<kBits>(p, chunk, column, columns, ahead, words);
           if (p.scales != nullptr) Scales(p, chunk * kLanes * kFields, kFields, column, columns, scales);
           for (int64_t c = 0; c < columns; ++c) {
             const typename S::template Table<kBits> table(TableOf(p, chunk * kLanes * kFields, column + c), p.entries);
@@ -186,45 +184,34 @@ struct Lookup {
 
   // ---- more rows: weights are looked up once for many ------------------------------------------------------------
 
+  // The weights of a panel of columns and of some inputs are looked up and turned to [inputs][columns]: a sum is then a
+  // lane, and an activation meets a vector of columns. They stay in the second-level cache for all rows.
   template <int kBits>
   static void ManyRows(const CodebookProblem& p, int64_t begin, int64_t end) {
-    constexpr int64_t kFields = FieldsOf(kBits), kWeights = kFields * kLanes;  // inputs of a chunk
-    alignas(64) static thread_local float weights[kMost];
-    alignas(64) static thread_local float sums[kMostRows * kColumnsAtOnce * kLanes];  // a vector each
-    // Codes by rows of bytes are turned for more columns together; then fewer inputs and rows keep both as small.
-    const int64_t step = p.tile == 1 ? kColumnsAtOnce : kBytes, most_rows = kMostRows * kColumnsAtOnce / step;
-    const int64_t most_span = kMost / step / kWeights;  // chunks between two visits of the sums
-    for (int64_t row = 0; row < p.rows; row += most_rows) {
-      const int64_t rows = Min(most_rows, p.rows - row);
-      for (int64_t column = begin; column < end; column += step) {
-        const int64_t columns = Min(step, end - column), whole = RoundUp(columns, kTileColumns);
-        std::memset(sums, 0, static_cast<size_t>(rows * whole * kLanes) * 4);
-        for (int64_t chunk = 0; chunk < p.chunks; chunk += most_span) {
-          const int64_t span = Min(most_span, p.chunks - chunk), steps = span * kFields;
-          for (int64_t i = 0; i < span; ++i) {
-            Decode<kBits>(p, chunk + i, column, columns, weights + i * kWeights, span * kWeights);
-          }
-          std::memset(weights + columns * span * kWeights, 0, static_cast<size_t>((whole - columns) * span * kWeights) * 4);
-          const float* x = p.ordered + row * p.stride + chunk * kWeights;
-          for (int64_t c = 0; c < whole; c += kColumnsAtOnce) {
-            Tiles(weights + c * steps * kLanes, Min(kColumnsAtOnce, whole - c), steps, x, p.stride, rows,
-                  sums + c * rows * kLanes);
-          }
-        }
-        for (int64_t c = 0; c < columns; ++c) {
-          for (int64_t m = 0; m < rows; ++m) {
-            p.y[(row + m) * p.out + column + c] = Total(sums + (c * rows + m) * kLanes);
+    constexpr int64_t kInputs = FieldsOf(kBits) * kLanes;  // of a chunk
+    constexpr int64_t kSpan = Max(1, kPanelInputs / kInputs);
+    alignas(64) static thread_local float panel[kSpan * kInputs * kBytes];
+    for (int64_t column = begin; column < end; column += kBytes) {
+      const int64_t columns = Min(kBytes, end - column);
+      for (int64_t chunk = 0; chunk < p.chunks; chunk += kSpan) {
+        const int64_t span = Min(kSpan, p.chunks - chunk), first = chunk * kInputs;
+        for (int64_t i = 0; i < span; ++i) Decode<kBits>(p, chunk + i, column, columns, panel + i * kInputs * kBytes);
+        const int64_t inputs = Min(span * kInputs, p.in - first);
+        for (int64_t row = 0; row < p.rows; row += S::kTileRows) {
+          const int64_t rows = Min(S::kTileRows, p.rows - row);
+          for (int64_t c = 0; c < columns; c += kTile) {
+            TileOf<S::kTileRows>(p, panel + c, first, inputs, row, rows, column + c, Min(kTile, columns - c));
           }
         }
       }
     }
   }
 
-  // Weights of a chunk, `stride` apart from column to column.
+  // The weights of a chunk and of kBytes columns, as [inputs][columns]; columns that are not there are zero.
   template <int kBits>
-  static void Decode(const CodebookProblem& p, int64_t chunk, int64_t column, int64_t columns, float* weights,
-                     int64_t stride) {
-    constexpr int64_t kFields = FieldsOf(kBits);
+  static void Decode(const CodebookProblem& p, int64_t chunk, int64_t column, int64_t columns, float* weights) {
+    using Table = typename S::template Table<kBits>;
+    constexpr int kFields = static_cast<int>(FieldsOf(kBits));
     const int64_t first = chunk * kFields * kLanes;
     alignas(64) uint8_t words[kBytes * kBytes];
     alignas(64) float scales[kBytes * kLanes];
@@ -234,67 +221,73 @@ struct Lookup {
       Turn<kBits>(p, chunk, column, columns, kLanes * kFields * kBits / 8 * p.codes.row, words);
     }
     if (p.scales != nullptr) Scales(p, first, kFields, column, columns, scales);
-    for (int64_t c = 0; c < columns; ++c) {
-      const typename S::template Table<kBits> table(TableOf(p, first, column + c), p.entries);
-      const I codes = S::Load(words + c * kBytes);
+    for (int64_t left = 0; left < kBytes; left += kLanes) {
+      const int there = static_cast<int>(Max(0, Min(kLanes, columns - left)));
+      Table tables[kLanes];
+      I codes[kLanes];
+      for (int c = 0; c < there; ++c) {
+        tables[c] = Table(TableOf(p, first, column + left + c), p.entries);
+        codes[c] = S::Load(words + (left + c) * kBytes);
+      }
 #pragma GCC unroll 32
-      for (int k = 0; k < static_cast<int>(kFields); ++k) {
-        F value = table.At(codes, k);
-        if (p.scales != nullptr) value = S::Mul(value, S::LoadF(scales + c * kLanes));
-        S::StoreF(weights + c * stride + k * kLanes, value);
+      for (int k = 0; k < kFields; ++k) {
+        I values[kLanes];
+        for (int c = 0; c < kLanes; ++c) {
+          F value = S::Set(0.0f);
+          if (c < there) value = tables[c].At(codes[c], k);
+          if (c < there && p.scales != nullptr) value = S::Mul(value, S::LoadF(scales + (left + c) * kLanes));
+          std::memcpy(&values[c], &value, sizeof(value));
+        }
+        S::Transpose(values);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+          S::Store(reinterpret_cast<uint8_t*>(weights + (lane * kFields + k) * kBytes + left), values[lane]);
+        }
       }
     }
   }
 
-  // sums[c][m] += sum_k weights[c][k] * x[m][k] over `steps` vectors, a vector of partial sums each.
-  static void Tiles(const float* weights, int64_t columns, int64_t steps, const float* x, int64_t stride, int64_t rows,
-                    float* sums) {
-    int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows) TileRow<kTileRows>(weights, columns, steps, x, stride, rows, m, sums);
-    if constexpr (kTileRows > 4) {
-      for (; m + 4 <= rows; m += 4) TileRow<4>(weights, columns, steps, x, stride, rows, m, sums);
-    }
-    for (; m < rows; ++m) TileRow<1>(weights, columns, steps, x, stride, rows, m, sums);
-  }
-
-  // The activations of a few rows meet all columns while they are in the first-level cache.
+  // Goes to the tile of exactly `rows` rows.
   template <int kRows>
-  static void TileRow(const float* weights, int64_t columns, int64_t steps, const float* x, int64_t stride, int64_t rows,
-                      int64_t m, float* sums) {
-    for (int64_t c = 0; c < columns; c += kTileColumns) {
-      Tile<kRows>(weights + c * steps * kLanes, steps, x + m * stride, stride, rows, sums + (c * rows + m) * kLanes);
+  static void TileOf(const CodebookProblem& p, const float* weights, int64_t first, int64_t inputs, int64_t row,
+                     int64_t rows, int64_t column, int64_t columns) {
+    if constexpr (kRows > 1) {
+      if (rows < kRows) return TileOf<kRows - 1>(p, weights, first, inputs, row, rows, column, columns);
     }
+    Tile<kRows>(p, weights, first, inputs, row, column, columns);
   }
 
+  // y[row + m][column + c] (+)= sum_i x[row + m][first + i] * weights[i][c]; the first inputs set, later ones add.
   template <int kRows>
-  __attribute__((noinline)) static void Tile(const float* w, int64_t steps, const float* x, int64_t stride,
-                                             int64_t rows, float* sums) {
-    F total[kTileColumns][kRows];
+  __attribute__((noinline)) static void Tile(const CodebookProblem& p, const float* weights, int64_t first,
+                                             int64_t inputs, int64_t row, int64_t column, int64_t columns) {
+    F total[kRows][S::kTileVectors];
 #pragma GCC unroll 8
-    for (int c = 0; c < kTileColumns; ++c) {
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < S::kTileVectors; ++v) total[m][v] = S::Set(0.0f);
+    }
+    const float* x = p.x + row * p.in + first;
+    for (int64_t i = 0; i < inputs; ++i) {
+      F w[S::kTileVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < S::kTileVectors; ++v) w[v] = S::LoadF(weights + i * kBytes + v * kLanes);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        total[c][m] = S::Set(0.0f);
-        __builtin_prefetch(sums + (c * rows + m) * kLanes);
+        const F a = S::Set(x[m * p.in + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < S::kTileVectors; ++v) total[m][v] = S::Fma(w[v], a, total[m][v]);
       }
     }
-    for (int64_t k = 0; k < steps; ++k) {
-      F weights[kTileColumns];
-#pragma GCC unroll 8
-      for (int c = 0; c < kTileColumns; ++c) weights[c] = S::LoadF(w + (c * steps + k) * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const F a = S::LoadF(x + m * stride + k * kLanes);
-#pragma GCC unroll 8
-        for (int c = 0; c < kTileColumns; ++c) total[c][m] = S::Fma(weights[c], a, total[c][m]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < kTileColumns; ++c) {
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        float* to = sums + (c * rows + m) * kLanes;
-        S::StoreF(to, S::Add(total[c][m], S::LoadF(to)));
+    for (int m = 0; m < kRows; ++m) {
+      float* y = p.y + (row + m) * p.out + column;
+      alignas(64) float sums[kTile];
+#pragma GCC unroll 4
+      for (int v = 0; v < S::kTileVectors; ++v) S::StoreF(sums + v * kLanes, total[m][v]);
+      if (first > 0) {
+        for (int64_t c = 0; c < columns; ++c) y[c] += sums[c];
+      } else {
+        std::memcpy(y, sums, static_cast<size_t>(columns) * 4);
       }
     }
   }
@@ -349,8 +342,8 @@ struct Lookup {
     }
   }
 
-  static int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-  static int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+  static constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
 }  // namespace effjax

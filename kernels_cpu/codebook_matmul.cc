@@ -81,14 +81,13 @@ ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
   p.tables = tables.typed_data();
   p.y = y->typed_data();
   p.chunks = (p.in + chunk - 1) / chunk;
-  p.stride = OddLines(p.chunks * chunk * 4) / 4;
-  if (static_cast<int64_t>(scratch->element_count()) < p.rows * p.stride) {
+  if (p.rows == 1 && static_cast<int64_t>(scratch->element_count()) < p.chunks * chunk) {
     return Bad("the scratch buffer is too small");
   }
   p.ordered = scratch->typed_data();
 
-  const float* input = x.typed_data();
-  ParallelRows(pool, p.rows, p.in, [&](int64_t row) { kernel->order(p, input, row); });
+  p.x = x.typed_data();
+  if (p.rows == 1) kernel->order(p);
   ParallelColumns(pool, p.rows * p.in, p.out, [&](int64_t begin, int64_t end) { kernel->columns(p, begin, end); });
   return ffi::Error::Success();
 }

@@ -2,9 +2,9 @@
 //
 // y[m, o] = sum_i x[m, i] * scales[g(i), o] * tables[t(i), c(o), code[i, o]]
 //
-// Lanes are inputs: all weights of a vector belong to one column, so their table sits in registers, and a lookup is one
-// permutation. Codes that lie in memory by rows of bytes are turned first, so that 32 bits of a column stand side by
-// side; `prepare` stores them so.
+// Lanes of a lookup are inputs: all weights of a vector belong to one column, so their table sits in registers, and a
+// lookup is one permutation. For many rows they are then turned to lanes of columns. Codes that lie in memory by rows of
+// bytes are turned first, so that 32 bits of a column stand side by side; `prepare` stores them so.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,8 @@ struct CodebookProblem {
   const float* tables;                 // [in / table_inputs, out_groups, entries]
   const float* scales;                 // [in / group_size, out], or null
   int64_t chunks;                      // of a column: kLanes fields of 32 bits
-  float* ordered;                      // [rows][chunks, fields, lanes]: the activations as the kernel meets the codes
-  int64_t stride;                      // floats from a row of `ordered` to the next
+  const float* x;                      // [rows, in]
+  float* ordered;                      // [chunks, fields, lanes]: the activations of one row as they meet the codes
   float* y;                            // [rows, out]
 };
 
@@ -38,7 +38,7 @@ inline constexpr int64_t kMostLanes = 16;
 
 struct CodebookKernel {
   int64_t lanes;
-  void (*order)(const CodebookProblem&, const float* x, int64_t row);
+  void (*order)(const CodebookProblem&);  // of one row
   // Columns [begin, end) of y; `begin` is a multiple of 64.
   void (*columns)(const CodebookProblem&, int64_t begin, int64_t end);
 };

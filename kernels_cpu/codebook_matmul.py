@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from kernels_cpu import variants
 from kernels_cpu._native import NATIVE
-from kernels_cpu.quant_matmul import odd_lines
 
 if TYPE_CHECKING:
     from effjax.arrays.codebook import Codebook
@@ -67,7 +66,7 @@ def codebook_matmul(
     chunk = MOST_LANES * fields_of(w.bits)
     results = (
         jax.ShapeDtypeStruct((m, out), jnp.float32),
-        jax.ShapeDtypeStruct((m * odd_lines(-(-n // chunk) * chunk * 4) // 4,), jnp.float32),
+        jax.ShapeDtypeStruct((-(-n // chunk) * chunk if m == 1 else 0,), jnp.float32),
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxCodebookMatmul"), results, vmap_method="sequential")
     y, _ = call(

@@ -19,7 +19,7 @@ struct Avx2 {
   static constexpr int kBytes = 32;
   static constexpr int kLookupColumns = 2;
   static constexpr int kDigitRows = 3;
-  static constexpr int kTileColumns = 2, kTileRows = 5;
+  static constexpr int kTileVectors = 2, kTileRows = 6;  // of sums of floats, beside 2 weights and 1 activation
 
   static I Zero() { return _mm256_setzero_si256(); }
   static I Load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }

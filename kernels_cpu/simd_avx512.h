@@ -14,7 +14,7 @@ struct Avx512 {
   using Weights = __m512i;
   using Activations = __m512i;
   static constexpr int kBytes = 64;
-  static constexpr int kTileColumns = 4, kTileRows = 6;  // likewise for sums of floats
+  static constexpr int kTileVectors = 4, kTileRows = 6;  // of sums of floats, beside 4 weights and 1 activation
   static constexpr int kLookupColumns = 4;  // whose tables and sums share a read of activations
   static constexpr int kDigitRows = 6;  // 24 sums, 4 weights and 1 activation in 32 registers
 

@@ -18,7 +18,7 @@ struct Portable {
   static constexpr int kBytes = 16;
   static constexpr int kLookupColumns = 1;
   static constexpr int kDigitRows = 3;
-  static constexpr int kTileColumns = 2, kTileRows = 2;
+  static constexpr int kTileVectors = 2, kTileRows = 2;
 
   static I Zero() { return I{}; }
   static I Load(const uint8_t* p) {

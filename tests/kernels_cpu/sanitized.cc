@@ -118,7 +118,7 @@ void RunCodebook(const char* name, const CodebookKernel* kernel) {
     const int bits = static_cast<int>(Draw(1, 8));
     p.bits = bits;
     const int64_t fields = effjax::FieldsOf(bits), chunk = kernel->lanes * fields, groups = Draw(1, 2);
-    p.in = groups == 1 ? Draw(1, 500) : groups * fields * Draw(1, 8);
+    p.in = groups == 1 ? Draw(1, 700) : groups * fields * Draw(1, 8);  // many rows take 512 inputs together
     p.rows = Draw(0, 2) == 0 ? 1 : Draw(2, 70);
     p.out = Draw(1, 90);
     p.entries = bits == 1 ? 2 : Draw((1 << (bits - 1)) + 1, 1 << bits);
@@ -149,14 +149,14 @@ void RunCodebook(const char* name, const CodebookKernel* kernel) {
       }
     }
     p.chunks = (p.in + chunk - 1) / chunk;
-    p.stride = effjax::OddLines(p.chunks * chunk * 4) / 4;
-    Exact<float> ordered(p.rows * p.stride);
+    Exact<float> ordered(p.rows == 1 ? p.chunks * chunk : 0);
     p.codes = effjax::RowsOf(codes.get(), bytes, p.out, p.tile);
     p.tables = tables.get();
     p.scales = scales.get();
+    p.x = x.get();
     p.ordered = ordered.get();
     p.y = y.get();
-    for (int64_t m = 0; m < p.rows; ++m) kernel->order(p, x.get(), m);
+    if (p.rows == 1) kernel->order(p);
     for (int64_t begin = 0; begin < p.out; begin += 64) kernel->columns(p, begin, begin + 64 < p.out ? begin + 64 : p.out);
     for (int64_t m = 0; m < p.rows; ++m) {
       for (int64_t o = 0; o < p.out; ++o) {
