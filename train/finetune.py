@@ -25,6 +25,7 @@ from effjax.io.checkpoint import save_checkpoint
 from effjax.models.decoder import Decoder
 from effjax.recipe import Recipe, apply_recipe, parse_method
 from effjax.sketch import partition_tables
+from effjax.sparsity.relu import relufy
 from train.command import run
 from train.loop import LoopConfig, fit
 
@@ -47,6 +48,9 @@ class FinetuneConfig(LoopConfig):
         group_size: inputs that share a scale in QLoRA's base.
         groups: tables an output of a sketch; twice as many train twice as many values.
         rank: of LoRA's factors.
+        relu_stage: 1 or 2 exchanges the model's activations for ReLUs first (`effjax.sparsity.relu.relufy`); 0 leaves
+            them.
+        relu_shift: what the gates of such a model let through exceeds it.
         batch: windows a step.
         context: tokens a window predicts.
         heldout: share of the windows, at the end of the text, that is judged on.
@@ -64,6 +68,8 @@ class FinetuneConfig(LoopConfig):
     group_size: int = 64
     groups: int = 1
     rank: int = 8
+    relu_stage: Literal[0, 1, 2] = 0
+    relu_shift: float = 0.0
     batch: int = 8
     context: int = 128
     heldout: float = 0.1
@@ -82,6 +88,8 @@ class FinetuneConfig(LoopConfig):
         for name in ("batch", "context", "calibration", "rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.relu_shift and not self.relu_stage:
+            raise ConfigError(f"relu_shift={self.relu_shift}: needs relu_stage=1 or 2, which puts ReLUs there")
         _ = self.compression
 
     @property
@@ -122,6 +130,14 @@ def read_windows(opened: Opened, config: FinetuneConfig) -> tuple[np.ndarray, np
             f"--text {config.text}: {len(windows)} windows of {config.context} tokens; choose a shorter context"
         )
     return windows[:-judged], windows[-judged:]
+
+
+def relufied(opened: Opened, config: FinetuneConfig) -> Opened:
+    """The model with the activations that it is tuned with."""
+    if not config.relu_stage:
+        return opened
+    changed = relufy(opened.model.config, stage=config.relu_stage, shift=config.relu_shift)
+    return dataclasses.replace(opened, model=dataclasses.replace(opened.model, config=changed))
 
 
 def compressed(opened: Opened, config: FinetuneConfig, windows: np.ndarray) -> tuple[Any, Recipe | None]:
@@ -171,7 +187,7 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     Returns:
         Held-out loss before and after, in nats a token, or None when the run was stopped before its last step.
     """
-    opened = open_model(config.model)
+    opened = relufied(open_model(config.model), config)
     train, heldout = read_windows(opened, config)
     _same_settings(config)
     params, recipe = compressed(opened, config, train)

@@ -7,13 +7,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from effjax.errors import CalibrationError, ConfigError
 from effjax.evaluate.loss import next_token_nll
 from effjax.models.config import DecoderConfig
-from effjax.models.decoder import DecoderApply, unstack_layers
+from effjax.models.intercept import intercepted, layer_of
 
 PyTree = Any
 Part = Literal["keys", "values"]
@@ -63,28 +62,20 @@ def changed_kv(config: DecoderConfig, change: Change) -> Callable[..., Any]:
         >>> apply(variables, tokens).shape
         (1, 5, 256)
     """
-    unrolled = dataclasses.replace(config, scan_layers=False, remat=False)
-    run = DecoderApply(unrolled)
     places: dict[str, Part] = {"k_norm" if config.qk_norm else "k_proj": "keys", "v_proj": "values"}
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)
-        path = context.module.path
-        if context.method_name != "__call__" or path[1:2] != ("attention",) or path[-1] not in places:
+        name = context.module.name
+        layer = layer_of(context, "attention", name)
+        if layer is None or name not in places:
             return y
-        layer = int(path[0].removeprefix("layers_"))
         batch, length = y.shape[:2]
         heads = y.reshape(batch, length, config.num_key_value_heads, config.head_dim).swapaxes(1, 2)
-        new = change(layer, places[path[-1]], heads)
+        new = change(layer, places[name], heads)
         return new.astype(y.dtype).swapaxes(1, 2).reshape(y.shape)
 
-    def apply(variables: PyTree, tokens: Int[Array, "batch length"], **kwargs: Any) -> Any:
-        params = variables["params"]
-        flat = {"params": unstack_layers(params) if "layers" in params else params}
-        with nn.intercept_methods(intercept):
-            return run(flat, tokens, **kwargs)
-
-    return apply
+    return intercepted(config, intercept)
 
 
 def capture_kv(

@@ -25,8 +25,8 @@ from effjax.lift.rules import explicit_axes, structural_rules
 from effjax.paths import Where, leaves_with_paths, map_with_paths, matches, path_str
 from effjax.rules import is_dense_matrix
 
-NEEDS = ("second_moment", "abs_mean", "norm", "fisher")
-SUMS = ("outer_sum", "abs_sum", "square_sum", "fisher_sum")
+NEEDS = ("second_moment", "abs_mean", "norm", "zeros", "fisher")
+SUMS = ("outer_sum", "abs_sum", "square_sum", "zero_count", "fisher_sum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class InputStats:
         outer_sum: sum of `x x^T`, `float32[*L, in, in]`, or None when not asked for.
         abs_sum: sum of `|x|`, `float32[*L, in]`, or None.
         square_sum: sum of `x**2`, `float32[*L, in]`, or None.
+        zero_count: inputs that were exactly 0, `float32[*L, in]`, or None.
         fisher_sum: sum over examples of the squared gradient of their loss, `float32[*L, in, out]`, or None.
         examples: examples that `fisher_sum` is over, `float32[*L]`, or None.
         factor: what a method's `prepare` made of the sums, or None.
@@ -50,6 +51,7 @@ class InputStats:
     outer_sum: Float[Array, "*L in in"] | None = None
     abs_sum: Float[Array, "*L in"] | None = None
     square_sum: Float[Array, "*L in"] | None = None
+    zero_count: Float[Array, "*L in"] | None = None
     fisher_sum: Float[Array, "*L in out"] | None = None
     examples: Float[Array, "*L"] | None = None
     factor: PyTree = None
@@ -88,6 +90,11 @@ class InputStats:
         return jnp.sqrt(self._mean(self.square_sum, "norm"))
 
     @property
+    def zeros(self) -> jax.Array:
+        """Share of the rows in which an input was exactly 0, `float32[*L, in]`."""
+        return self._mean(self.zero_count, "zeros")
+
+    @property
     def fisher(self) -> jax.Array:
         """Diagonal of the empirical Fisher information: mean over examples of squared gradients, `[*L, in, out]`."""
         return self._mean(self.fisher_sum, "fisher", self.examples)
@@ -101,7 +108,7 @@ class InputStats:
 
 jax.tree_util.register_dataclass(
     InputStats,
-    data_fields=["count", "outer_sum", "abs_sum", "square_sum", "fisher_sum", "examples", "factor"],
+    data_fields=["count", *SUMS, "examples", "factor"],
     meta_fields=["in_axes", "out_axes", "source"],
 )
 
@@ -126,7 +133,7 @@ def calibrate(
             used.
         params: the first argument of `fn`; leaves may be compressed already.
         batches: an iterable of batches of equal shapes (each new shape compiles once more).
-        needs: what to gather, of "second_moment", "abs_mean", "norm", "fisher"; usually `method.needs`.
+        needs: what to gather, of "second_moment", "abs_mean", "norm", "zeros", "fisher"; usually `method.needs`.
         where: pattern or predicate of the leaves to watch; dense-layer matrices by default.
         initial: statistics to go on from, as returned earlier.
         loss: `loss(params, *batch) -> scalar`, for "fisher": its gradient is squared for one example (one entry of the
@@ -354,6 +361,8 @@ def _record(
             found["abs_sum"] = jnp.abs(rows).sum(-2)
         if "norm" in needs:
             found["square_sum"] = jnp.square(rows).sum(-2)
+        if "zeros" in needs:
+            found["zero_count"] = jnp.sum(rows == 0, axis=-2, dtype=jnp.float32)
         return jax.tree.map(spread, found)
 
     gather: Any = jax.sharding.auto_axes(sums, out_sharding=PartitionSpec()) if explicit_axes() else sums

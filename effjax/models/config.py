@@ -1,6 +1,7 @@
 """The configuration of a decoder, and its translation from and to the `config.json` of a Hugging Face directory."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,9 @@ _FAMILIES: Mapping[str, _Family] = {
         defaults={"max_position_embeddings": 32768, "head_dim": 128},
     ),
 }
+# An activation of the other name is one that `transformers` lacks, so that it refuses a model it would run wrongly.
+_SHIFTED = "shifted_relu"
+_ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "swish": "silu", "relu": "relu", _SHIFTED: "relu"}
 _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -114,6 +118,10 @@ class DecoderConfig:
         qkv_bias: biases on the query, key and value projections (None: what the family prescribes).
         o_bias: a bias on the attention output projection.
         mlp_bias: biases in the feed-forward layer.
+        hidden_act: of the feed-forward layer's gate, `"silu"` or `"relu"`.
+        relu_shift: a ReLU gate lets through what exceeds this: `max(x - relu_shift, 0)`.
+        norm_relu: a ReLU after the norms before attention and the feed-forward layer, as in stage 2 of Mirzadeh et al.,
+            ReLU Strikes Back (ICLR 2024).
         tie_word_embeddings: the head is the transposed embedding.
         bos_token_id: put in front of a prompt, or None.
         eos_token_ids: tokens that end a text.
@@ -149,6 +157,9 @@ class DecoderConfig:
     qkv_bias: bool = None  # type: ignore[assignment]  # filled in below
     o_bias: bool = False
     mlp_bias: bool = False
+    hidden_act: str = "silu"
+    relu_shift: float = 0.0
+    norm_relu: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -212,6 +223,7 @@ class DecoderConfig:
             "qkv_bias",
             "o_bias",
             "mlp_bias",
+            "norm_relu",
             "tie_word_embeddings",
             "scan_layers",
             "remat",
@@ -229,6 +241,13 @@ class DecoderConfig:
             raise ConfigError(f"model_type {self.model_type!r} has one attention_bias: write qkv_bias and o_bias alike")
         if self.mlp_bias and self.model_type != "llama":
             raise ConfigError(f"mlp_bias contradicts model_type {self.model_type!r}; only 'llama' has it")
+        if self.hidden_act not in ("silu", "relu"):
+            raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; this decoder has 'silu' and 'relu'")
+        shift = self.relu_shift
+        if not isinstance(shift, int | float) or isinstance(shift, bool) or not math.isfinite(shift):
+            raise ConfigError(f"relu_shift must be a finite number, found {shift!r}")
+        if (shift or self.norm_relu) and self.hidden_act != "relu":
+            raise ConfigError(f"relu_shift and norm_relu need hidden_act 'relu', found {self.hidden_act!r}")
         if self.bos_token_id is not None:
             _token_id("bos_token_id", self.bos_token_id)
         if not isinstance(self.eos_token_ids, tuple):
@@ -268,8 +287,10 @@ class DecoderConfig:
                 "checkpoint"
             )
         act = entries.get("hidden_act", "silu")
-        if act not in ("silu", "swish"):
-            raise ConfigError(f"config.json: hidden_act {act!r} is not supported; this decoder has 'silu'")
+        if act not in _ACTIVATIONS:
+            raise ConfigError(
+                f"config.json: hidden_act {act!r} is not supported; this decoder has {list(_ACTIVATIONS)}"
+            )
         required = [
             "vocab_size",
             "hidden_size",
@@ -307,6 +328,9 @@ class DecoderConfig:
             )
         if entries.get("mlp_bias"):
             known["mlp_bias"] = entries["mlp_bias"]
+        known["hidden_act"] = _ACTIVATIONS[act]
+        if act == _SHIFTED:
+            known |= {key: entries[key] for key in ("relu_shift", "norm_relu") if key in entries}
         theta, scaling = _read_rope(entries)
         if theta is not None:
             known["rope_theta"] = theta
@@ -330,8 +354,10 @@ class DecoderConfig:
         entries: dict[str, Any] = {
             "architectures": [f"{architectures[self.model_type]}ForCausalLM"],
             "model_type": self.model_type,
-            "hidden_act": "silu",
+            "hidden_act": self.hidden_act,
         }
+        if self.relu_shift or self.norm_relu:
+            entries |= {"hidden_act": _SHIFTED, "relu_shift": self.relu_shift, "norm_relu": self.norm_relu}
         same = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim "

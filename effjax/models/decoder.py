@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """A gated layer, `down(act(gate(x)) * up(x))`: SwiGLU, or ReGLU with a shift (Mirzadeh et al., ICLR 2024)."""
 
     config: DecoderConfig
 
@@ -139,7 +139,8 @@ class MLP(nn.Module):
         c = self.config
         gate = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(x)
         up = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="up_proj")(x)
-        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(jax.nn.silu(gate) * up)
+        act = jax.nn.silu(gate) if c.hidden_act == "silu" else jax.nn.relu(gate - jnp.asarray(c.relu_shift, gate.dtype))
+        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(act * up)
 
 
 class Block(nn.Module):
@@ -161,10 +162,11 @@ class Block(nn.Module):
         angles: tuple[Array, Array],
     ) -> tuple[tuple[Hidden, KVCache | LayerCache | None], None]:
         c, (x, cache) = self.config, carry
-        y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x)
+        after_norm = jax.nn.relu if c.norm_relu else lambda y: y
+        y = after_norm(RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x))
         y, cache = Attention(c, name="attention")(y, cache, layer, positions, lengths, angles)
         x = x + y
-        y = RMSNorm(c.rms_norm_eps, c.param_dtype, name="mlp_norm")(x)
+        y = after_norm(RMSNorm(c.rms_norm_eps, c.param_dtype, name="mlp_norm")(x))
         return (x + MLP(c, name="mlp")(y), cache), None
 
 

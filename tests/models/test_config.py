@@ -47,6 +47,21 @@ def test_newer_and_older_spellings_agree():
     assert DecoderConfig.from_hf(plain).rope_scaling is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "written"),
+    [
+        ({}, "silu"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"hidden_act": "relu", "relu_shift": 0.5}, "shifted_relu"),
+        ({"hidden_act": "relu", "norm_relu": True}, "shifted_relu"),
+    ],
+)
+def test_activations_that_others_lack_are_written_under_a_name_that_they_refuse(changes, written):
+    config = dataclasses.replace(DecoderConfig.from_hf(LLAMA), **changes)
+    assert config.to_hf()["hidden_act"] == written
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+
+
 def test_several_stop_tokens_and_defaults():
     config = DecoderConfig.from_hf(
         {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"eos_token_id": [2, 7]}
@@ -71,7 +86,9 @@ def test_several_stop_tokens_and_defaults():
         (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
         (LLAMA | {"hidden_size": 26}, "hidden_size 26 does not divide into num_attention_heads 4; write head_dim"),
         (LLAMA | {"head_dim": 7}, "head_dim 7 is odd"),
-        (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; this decoder has"),
+        (LLAMA | {"hidden_act": "shifted_relu", "relu_shift": "a"}, "relu_shift must be a finite number, found 'a'"),
+        (LLAMA | {"hidden_act": "shifted_relu", "norm_relu": 1}, "norm_relu must be true or false, found 1"),
         (LLAMA | {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
         (LLAMA | {"rope_theta": "big"}, "rope_theta must be a positive number"),
         (LLAMA | {"sliding_window": 4}, "sliding_window contradicts model_type 'llama'"),
@@ -118,6 +135,10 @@ def test_refused(entries, message):
         ({"qkv_bias": True}, "write qkv_bias and o_bias alike"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias contradicts model_type 'qwen3'"),
         ({"eos_token_ids": [2]}, "eos_token_ids must be a tuple"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; this decoder has 'silu' and 'relu'"),
+        ({"hidden_act": "relu", "relu_shift": float("inf")}, "relu_shift must be a finite number, found inf"),
+        ({"relu_shift": 0.5}, "relu_shift and norm_relu need hidden_act 'relu', found 'silu'"),
+        ({"norm_relu": True}, "relu_shift and norm_relu need hidden_act 'relu', found 'silu'"),
         ({"head_dim": 2, "rope_scaling": RopeScaling(rope_type="dynamic", factor=2.0)}, "head_dim of 4 or more"),
     ],
 )

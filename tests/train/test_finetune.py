@@ -14,10 +14,12 @@ from effjax.arrays import Adapter, Codebook
 from effjax.cli import main as effjax_main
 from effjax.errors import ConfigError
 from effjax.io.checkpoint import load_checkpoint
+from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder
 from effjax.models.hf import load_model, save_hf
 from effjax.recipe import Recipe
 from effjax.sketch import SpaLLM
+from effjax.sparsity.relu import relufy
 from tests.cli.conftest import CONFIG, WORDS, byte_tokenizer
 from train.finetune import FinetuneConfig, main
 
@@ -84,7 +86,12 @@ def test_same_losses_on_a_mesh(tiny, tuned, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_other_methods(tiny, monkeypatch, tmp_path, method, capsys):
-    run(monkeypatch, tiny, tmp_path / "out", "--method", method, "--rank", "2", "--group-size", "16", "--steps", "2")
+    flags = ["--method", method, "--rank", "2", "--group-size", "16", "--steps", "2"]
+    relu = ["--relu-stage", "2", "--relu-shift", "0.25"] if method == "full" else []
+    run(monkeypatch, tiny, tmp_path / "out", *flags, *relu)
+    tuned = DecoderConfig.from_hf(load_checkpoint(tmp_path / "out" / "model").config)
+    own = load_model(tiny / "tiny").config
+    assert tuned == (relufy(own, stage=2, shift=0.25) if relu else own)
     assert "values of" in capsys.readouterr().out
     leaf = load_checkpoint(tmp_path / "out" / "model").params["layers_0"]["mlp"]["up_proj"]["kernel"]
     if method == "full":
@@ -131,6 +138,7 @@ def test_errors_are_one_line(tiny, monkeypatch, tmp_path, flags, text):
         ({"bits": 9}, "bits=9: choose 1 to 8"),
         ({"heldout": 1.0}, "heldout=1.0: must be between 0 and 1"),
         ({"rank": 0}, "rank=0: must be at least 1"),
+        ({"relu_shift": 0.5}, "relu_shift=0.5: needs relu_stage=1 or 2"),
     ],
 )
 def test_settings_that_cannot_work(changes, message, tmp_path):

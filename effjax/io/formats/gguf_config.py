@@ -114,6 +114,10 @@ def to_metadata(config: DecoderConfig) -> dict[str, Any]:
             f"sliding_window {c.sliding_window} is ignored by readers of {architecture_of(c)!r} in GGUF; set "
             "sliding_window None if texts stay shorter than the window"
         )
+    if c.hidden_act != "silu":
+        raise ConfigError(
+            f"hidden_act {c.hidden_act!r} has no place in GGUF: its readers run {architecture_of(c)!r} with SiLU"
+        )
     if c.model_type == "qwen3" and c.qkv_bias:
         raise ConfigError("qwen3 with attention_bias has no place in GGUF: its readers load no such biases")
     if len(c.eos_token_ids) > len(_STOPS):

@@ -297,6 +297,7 @@ def test_parameters_that_do_not_fit(tmp_path, edit, message):
             "rope_scaling 'dynamic' has no place",
         ),
         (dict(model_type="qwen3", qkv_bias=True, o_bias=True), "qwen3 with attention_bias has no place in GGUF"),
+        (dict(hidden_act="relu"), "hidden_act 'relu' has no place in GGUF: its readers run 'llama' with SiLU"),
         (dict(eos_token_ids=(1, 2, 3, 4)), r"eos_token_ids \(1, 2, 3, 4\): GGUF names at most 3"),
     ],
 )
