@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= --numprocesses 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 KERNEL_SOURCES := $(wildcard kernels_cpu/*.cc kernels_cpu/*.h) kernels_cpu/_build.py
 INPUTS := pyproject.toml constraints.txt setup.py $(KERNEL_SOURCES)
 
