@@ -21,6 +21,7 @@ HANDLERS = (
     "EffjaxNomadAttend",
     "EffjaxDecodeAttention",
     "EffjaxRepresenter",
+    "EffjaxLabelTopK",
 )
 
 

@@ -3,16 +3,19 @@
 from effjax.ops.attention import decode_attention, paged_decode_attention
 from effjax.ops.coded_slots import CodedSlots
 from effjax.ops.dispatch import explain
+from effjax.ops.label_top_k import LabelTopK, label_top_k
 from effjax.ops.matmul import matmul
 from effjax.ops.products import codebook_matmul, hashed_matmul, nm_matmul, quant_matmul
 from effjax.ops.representer import representer_query
 
 __all__ = [
     "CodedSlots",
+    "LabelTopK",
     "codebook_matmul",
     "decode_attention",
     "explain",
     "hashed_matmul",
+    "label_top_k",
     "matmul",
     "nm_matmul",
     "paged_decode_attention",

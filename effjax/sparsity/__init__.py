@@ -1,1 +1,23 @@
 """Sparsity that depends on the input: which neurons, heads and labels a token needs."""
+
+from effjax.sparsity.label_head import LabelHead, build_label_head, frequent_labels, sampled_softmax_loss
+from effjax.sparsity.label_tables import LabelTables, build_tables, retrieve
+from effjax.sparsity.lss import LSS, TrainedHashes, train_hashes
+from effjax.sparsity.relu import flops_share, relufy, shift_for, zero_shares
+
+__all__ = [
+    "LSS",
+    "LabelHead",
+    "LabelTables",
+    "TrainedHashes",
+    "build_label_head",
+    "build_tables",
+    "flops_share",
+    "frequent_labels",
+    "relufy",
+    "retrieve",
+    "sampled_softmax_loss",
+    "shift_for",
+    "train_hashes",
+    "zero_shares",
+]
