@@ -1,4 +1,4 @@
-"""The best of the labels that a query's hash buckets hold: hash, look up, score, rank; natively in one call on the CPU."""
+"""The best of the labels that a query's hash buckets hold: hash, look up, score and rank, natively in one call."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ def label_top_k(
         bias: of the labels.
         fallback: labels, may be none.
         k: at most the number of labels.
-        implementation: "reference" (all logits, those of other labels masked: the definition, as slow as scoring all) or
+        implementation: "reference" (the definition: all logits, those of other labels masked; no faster than that) or
             "cpu", whose work grows with the buckets alone; None takes the native kernel in a jitted program for one
             CPU, else the reference. A code within rounding of a boundary may differ between the two.
 
@@ -80,8 +80,8 @@ def label_top_k(
     if not fits:
         raise ValueError(
             f"label_top_k: h {h.shape}, ids {ids.shape}, offsets {offsets.shape}, weights {weights.shape}, bias "
-            f"{bias.shape} and fallback {fallback.shape} do not fit {tables} tables of {hash_functions.buckets} buckets "
-            f"and hashes of {dim} channels, one more than h has"
+            f"{bias.shape} and fallback {fallback.shape} do not fit {tables} tables of {hash_functions.buckets} "
+            f"buckets and hashes of {dim} channels, one more than h has"
         )
     if weights.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"label_top_k: weights {weights.dtype}: store them as float32 or bfloat16")

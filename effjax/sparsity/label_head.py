@@ -80,10 +80,10 @@ def build_label_head(
 
     Args:
         kernel, bias: of the layer, as Flax has them.
-        hash_functions: without rehashing. Of `d + 1` channels, both sides are hashed as they are, `[w, b]` and `[h, 1]`:
-            learned (`train_hashes`) this is LSS, random (`SignProjections.make`) it is SLIDE's SimHash (Chen et al.,
-            arXiv 1903.03129). Of `d + 2` channels, labels get one that makes their norms equal and queries a zero
-            there: plain MIPS-LSH.
+        hash_functions: without rehashing. Of `d + 1` channels, both sides are hashed as they are, `[w, b]` and
+            `[h, 1]`: learned (`train_hashes`) this is LSS, random (`SignProjections.make`) it is SLIDE's SimHash
+            (Chen et al., arXiv 1903.03129). Of `d + 2` channels, labels get one that makes their norms equal and
+            queries a zero there: plain MIPS-LSH.
         fallback: labels to score where fewer than wanted are retrieved, such as `frequent_labels`.
         dtype: of the stored rows, "float32" or "bfloat16".
 
@@ -183,8 +183,8 @@ def sampled_softmax_loss(
     own = labels[:, None] if labels.ndim == 1 else labels
     if own.shape[0] != h.shape[0] or ids.shape != valid.shape or ids.shape[0] != h.shape[0]:
         raise ValueError(
-            f"sampled_softmax_loss: h {h.shape}, labels {labels.shape}, ids {ids.shape} and valid {valid.shape}: give a "
-            "row a query in each"
+            f"sampled_softmax_loss: h {h.shape}, labels {labels.shape}, ids {ids.shape} and valid {valid.shape}: give "
+            "a row a query in each"
         )
     others = valid & ~(ids[:, :, None] == own[:, None, :]).any(-1)
     at, held = jnp.concatenate([own, ids], 1), jnp.concatenate([own >= 0, others], 1)

@@ -16,19 +16,20 @@ from effjax.sparsity.label_tables import LabelTables, build_tables, slots, with_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LSS:
-    """How hash functions are trained (Liu et al., "Climbing the WOL: Training for Cheaper Inference", arXiv 2007.01230).
+    """How hash functions are trained (Liu et al., "Climbing the WOL: Training for Cheaper Inference", arXiv
+    2007.01230).
 
     The network is frozen. A label is the vector `[w, b]` and a query `[h, 1]`, so that their product is the logit; both
     are hashed by the signs of the same projections, which begin as SimHash. In turn, tables are built from all labels;
     pairs of queries and labels are collected; and Adam takes a few steps on the projections with those pairs. A bit is
     relaxed to `tanh(sharpness * projection of the unit vector)`, and the score of a pair in a table is the sum of the
-    products of its relaxed bits, up to `hashes`. The loss is the cross entropy of `sigmoid(score - offset)`, averaged over
-    tables and pairs: 1 for every query with each of its labels, 0 for labels that it retrieves wrongly, of which those of
-    small logit are preferred. Either kind weighs as much in all.
+    products of its relaxed bits, up to `hashes`. The loss is the cross entropy of `sigmoid(score - offset)`, averaged
+    over tables and pairs: 1 for every query with each of its labels, 0 for labels that it retrieves wrongly, of which
+    those of small logit are preferred. Either kind weighs as much in all.
 
-    A collision needs all bits of a table equal. A cross entropy without offset is content far earlier, and training then
-    only trades recall for size as fewer random hashes would; `hashes / 2` moves the frontier. (The paper does not state
-    one; the rest of the loss is that of MONGOOSE, by the same group.)
+    A collision needs all bits of a table equal. A cross entropy without offset is content far earlier, and training
+    then only trades recall for size as fewer random hashes would; `hashes / 2` moves the frontier. (The paper does not
+    state one; the rest of the loss is that of MONGOOSE, by the same group.)
 
     Attributes:
         hashes: bits a table, 1 to 24; a table has `2**hashes` buckets.
@@ -125,8 +126,8 @@ def train_hashes(
     bias = jnp.zeros(kernel.shape[-1:]) if bias is None else bias
     if h.ndim != 2 or labels.shape[:1] != h.shape[:1] or labels.ndim > 2 or h.shape[1:] != kernel.shape[:1]:
         raise ValueError(
-            f"train_hashes: h {h.shape}, labels {labels.shape} and kernel {kernel.shape}: give [n, d], [n] or [n, several] "
-            "and [d, labels]"
+            f"train_hashes: h {h.shape}, labels {labels.shape} and kernel {kernel.shape}: give [n, d], [n] or [n, "
+            "several] and [d, labels]"
         )
     if bias.shape != kernel.shape[1:]:
         raise ValueError(f"train_hashes: bias {bias.shape} does not fit the {kernel.shape[1]} labels of the kernel")

@@ -1,4 +1,4 @@
-"""The best of the retrieved labels: both implementations against loops of Python, derivatives, transforms, bad input."""
+"""The best of the retrieved labels: both implementations against loops of Python, derivatives, bad input."""
 
 import jax
 import jax.numpy as jnp

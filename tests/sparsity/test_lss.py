@@ -77,7 +77,7 @@ def test_negatives_are_retrieved_wrongly_and_small():
 
 
 def task(seed=0):
-    """Labels that only a few of the channels tell apart, the others being noise: what random projections cannot know."""
+    """Labels that a few of the channels tell apart, the others being noise: what random projections cannot know."""
     keys = jax.random.split(jax.random.key(seed), 4)
     kernel = jax.random.normal(keys[0], (24, 400)) * jnp.where(jnp.arange(24) < 8, 1.0, 0.05)[:, None]
     labels = jax.random.randint(keys[1], (3000,), 0, 400)
