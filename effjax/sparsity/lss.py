@@ -174,10 +174,12 @@ def negatives(
     q: Float[Array, "n d1"],
     own: Int32[Array, "n several"],
     v: Float[Array, "labels d1"],
-) -> tuple[Int32[Array, "n negatives"], Array]:
-    """Labels in the buckets of queries that are not their own, of small logits first, and which of them are real.
+) -> tuple[Int32[Array, "n negatives"], Float[Array, "n negatives"]]:
+    """Labels in the buckets of queries that are not their own, of small logits first, and how much each pair counts.
 
-    A label is drawn as often as tables hold it in the query's bucket: it would have to leave each of them.
+    A pair counts as if drawn from those of all queries together: as much as its query retrieves, so that the few
+    queries that meet huge buckets, where most of the cost lies, are heard. A label is drawn as often as tables hold it in the
+    query's bucket: it would have to leave each of them.
     """
     total = tables.sizes(codes).sum(-1, keepdims=True)
     which = jax.random.randint(key, (q.shape[0], 2 * method.negatives), 0, jnp.maximum(total, 1))
@@ -185,7 +187,8 @@ def negatives(
     mined = (total > 0) & ~(ids[..., None] == own[:, None]).any(-1)
     logits = jnp.where(mined, jnp.einsum("nd,nkd->nk", q, v[ids]), jnp.inf)
     order = jnp.argsort(logits, axis=-1)[:, : method.negatives]
-    return jnp.take_along_axis(ids, order, axis=-1), jnp.take_along_axis(mined, order, axis=-1)
+    counted = jnp.take_along_axis(mined, order, axis=-1) * total.astype(jnp.float32)
+    return jnp.take_along_axis(ids, order, axis=-1), counted
 
 
 def pair_loss(
@@ -197,7 +200,7 @@ def pair_loss(
     negatives: Float[Array, "n negatives d1"],
     negative: Array,
 ) -> Float[Array, ""]:
-    """The loss of `LSS` on the vectors of queries and labels; `positive` and `negative` say which pairs count."""
+    """The loss of `LSS` on the vectors of queries and labels; `positive` and `negative` say how much pairs count."""
 
     def bits(x: jax.Array) -> jax.Array:
         unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
