@@ -22,6 +22,8 @@ HANDLERS = (
     "EffjaxDecodeAttention",
     "EffjaxRepresenter",
     "EffjaxLabelTopK",
+    "EffjaxSparseMlp",
+    "EffjaxChooseNeurons",
 )
 
 

@@ -10,7 +10,7 @@ from kernels_cpu import _build
 SOURCES = pathlib.Path(kernels_cpu.__file__).parent
 DRIVER = pathlib.Path(__file__).with_name("sanitized.cc")
 FLAGS = ("-O1", "-g", "-std=c++17", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
-KERNELS = ("quant", "codebook", "nm", "nomad", "attention", "representer", "label_top_k", "cpu")
+KERNELS = ("quant", "codebook", "nm", "nomad", "attention", "representer", "label_top_k", "sparse_mlp", "cpu")
 
 
 def run(command):
