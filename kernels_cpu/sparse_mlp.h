@@ -13,7 +13,6 @@ enum RowType : int32_t { kRowFloat32 = 0, kRowBfloat16 = 1, kRowInt8 = 2, kRowIn
 enum Activation : int32_t { kRelu = 0, kSilu = 1, kGelu = 2 };
 
 constexpr int64_t kCodeRun = 32;  // numbers of a row of codes that are unpacked together; RUN in effjax/ops/neurons.py
-constexpr int64_t kVector = 16;
 
 // Rows of numbers, or of unsigned codes: number = scale * (code - zero).
 struct NeuronRows {

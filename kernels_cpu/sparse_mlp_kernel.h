@@ -1,10 +1,14 @@
-// Some neurons of an MLP, in vectors of the compiler's own: products with their rows, then their rows added up.
+// Some neurons of an MLP, in the widest vectors of the instruction set that this is compiled for.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "sparse_mlp.h"
 
@@ -15,50 +19,115 @@ constexpr int64_t kNeuronBlock = 32;  // neurons whose activations are known bef
 constexpr int kTogether = 4;          // rows of `down` that share a pass over the sums
 constexpr int kMostBatch = 4;         // inputs that share a read of a row
 
-typedef float Floats __attribute__((vector_size(4 * kVector)));
-typedef uint32_t Words __attribute__((vector_size(4 * kVector)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kVector)));
-typedef uint8_t Bytes __attribute__((vector_size(kVector)));
+// ---- vectors -----------------------------------------------------------------------------------------------------
+// `Widen` brings bytes and 16-bit floats to floats; `kUpper` takes the upper halves of bytes, `kMask` keeps four bits.
 
-template <typename Vector>
-inline void Read(const void* from, Vector* to) {
-  std::memcpy(to, from, sizeof(Vector));
-}
+#if defined(__AVX512BW__)
+typedef __m512 Floats;
 
-// Sixteen numbers or codes from `i`, a multiple of 16; behind the end of a row of numbers come zeros.
-template <RowType kType>
-inline void Values(const uint8_t* row, int64_t i, int64_t width, Floats* to) {
-  if constexpr (kType == kRowFloat32) {
-    if (i + kVector <= width) return Read(row + 4 * i, to);
-    *to = Floats{};
-    if (i < width) std::memcpy(to, row + 4 * i, static_cast<size_t>(width - i) * 4);
-  } else if constexpr (kType == kRowBfloat16) {
-    Halves halves = {};
-    if (i + kVector <= width) {
-      Read(row + 2 * i, &halves);
-    } else if (i < width) {
-      std::memcpy(&halves, row + 2 * i, static_cast<size_t>(width - i) * 2);
-    }
-    *to = (Floats)(__builtin_convertvector(halves, Words) << 16);
-  } else {
-    Bytes bytes;
-    if constexpr (kType == kRowInt8) {
-      Read(row + i, &bytes);
-    } else {  // sixteen codes in the lower halves of sixteen bytes, the next sixteen in the upper ones
-      Read(row + i / kCodeRun * 16, &bytes);
-      bytes = i % kCodeRun ? bytes >> 4 : bytes & 15;
-    }
-    *to = __builtin_convertvector(bytes, Floats);
-  }
+inline Floats Set(float x) { return _mm512_set1_ps(x); }
+inline Floats Load(const float* p) { return _mm512_loadu_ps(p); }
+inline void Store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline float Sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline Floats WidenHalves(const uint8_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+template <bool kMask, bool kUpper>
+inline Floats WidenBytes(const uint8_t* p) {
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if (kUpper) bytes = _mm_srli_epi16(bytes, 4);
+  if (kMask) bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+#elif defined(__AVX2__)
+typedef __m256 Floats;
+
+inline Floats Set(float x) { return _mm256_set1_ps(x); }
+inline Floats Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+inline float Sum(Floats x) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(pair) + _mm_cvtss_f32(_mm_shuffle_ps(pair, pair, 1));
+}
+inline Floats WidenHalves(const uint8_t* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+template <bool kMask, bool kUpper>
+inline Floats WidenBytes(const uint8_t* p) {
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  if (kUpper) bytes = _mm_srli_epi16(bytes, 4);
+  if (kMask) bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+#else
+typedef float Floats __attribute__((vector_size(16)));
+
+inline Floats Set(float x) { return Floats{x, x, x, x}; }
+inline Floats Load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, 16);
+  return x;
+}
+inline void Store(float* p, Floats x) { std::memcpy(p, &x, 16); }
+inline float Sum(Floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+inline Floats WidenHalves(const uint8_t* p) {
+  uint16_t halves[4];
+  std::memcpy(halves, p, 8);
+  uint32_t words[4];
+  for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(halves[i]) << 16;
+  Floats x;
+  std::memcpy(&x, words, 16);
+  return x;
+}
+template <bool kMask, bool kUpper>
+inline Floats WidenBytes(const uint8_t* p) {
+  Floats x;
+  for (int i = 0; i < 4; ++i) x[i] = static_cast<float>((kUpper ? p[i] >> 4 : p[i]) & (kMask ? 15 : 255));
+  return x;
+}
+#endif
+
+constexpr int kLanes = sizeof(Floats) / 4;
+constexpr int kVectors = kCodeRun / kLanes;  // of a run
+
+// ---- rows --------------------------------------------------------------------------------------------------------
 
 constexpr int64_t BitsOf(RowType type) {
   return type == kRowFloat32 ? 32 : type == kRowBfloat16 ? 16 : type == kRowInt8 ? 8 : 4;
 }
+constexpr bool IsCoded(RowType type) { return type == kRowInt8 || type == kRowInt4; }
 
 inline const uint8_t* RowOf(const NeuronRows& m, int64_t neuron) { return m.data + neuron * m.row_bytes; }
 
-// Fetches a run from `i` into the cache. Rows are chosen one by one, so that the processor cannot guess the next.
+// Vector v of a run of 32 numbers or codes.
+template <RowType kType>
+inline Floats Values(const uint8_t* run, int v) {
+  if constexpr (kType == kRowFloat32) {
+    return Load(reinterpret_cast<const float*>(run) + v * kLanes);
+  } else if constexpr (kType == kRowBfloat16) {
+    return WidenHalves(run + 2 * v * kLanes);
+  } else if constexpr (kType == kRowInt8) {
+    return WidenBytes<false, false>(run + v * kLanes);
+  } else {  // sixteen codes in the lower halves of sixteen bytes, the next sixteen in the upper ones
+    const uint8_t* bytes = run + v * kLanes % 16;
+    return v * kLanes < 16 ? WidenBytes<true, false>(bytes) : WidenBytes<true, true>(bytes);
+  }
+}
+
+// The run from `i`, a multiple of 32; where the row ends within it, a copy with zeros behind.
+template <RowType kType>
+inline const uint8_t* RunAt(const uint8_t* row, int64_t i, int64_t width, uint8_t* copy) {
+  const uint8_t* at = row + i * BitsOf(kType) / 8;
+  if (IsCoded(kType) || i + kCodeRun <= width) return at;
+  std::memset(copy, 0, 4 * kCodeRun);
+  std::memcpy(copy, at, static_cast<size_t>((width - i) * BitsOf(kType) / 8));
+  return copy;
+}
+
+// Fetches a run into the cache. Rows are chosen one by one, so that the processor cannot guess the next.
 template <RowType kType>
 inline void Prefetch(const uint8_t* row, int64_t i) {
   constexpr int64_t kBytes = kCodeRun * BitsOf(kType) / 8;
@@ -68,75 +137,69 @@ inline void Prefetch(const uint8_t* row, int64_t i) {
 // Products of a row with `kBatch` inputs. The row `next` is fetched meanwhile.
 template <RowType kType, int kBatch>
 inline void Dot(const NeuronRows& m, int64_t neuron, int64_t next, const float* x, int64_t stride, float* to) {
+  alignas(64) uint8_t copy[4 * kCodeRun];
   const uint8_t* row = RowOf(m, neuron);
   const uint8_t* ahead = RowOf(m, next);
-  constexpr bool kCodes = kType == kRowInt8 || kType == kRowInt4;
-  const int64_t groups = kCodes ? m.groups : 1, size = kCodes ? m.group_size : m.width;
-  Floats total[kBatch] = {};
+  const int64_t groups = IsCoded(kType) ? m.groups : 1, size = IsCoded(kType) ? m.group_size : m.width;
+  Floats total[kBatch];
+  for (int b = 0; b < kBatch; ++b) total[b] = Set(0);
   for (int64_t g = 0; g < groups; ++g) {
-    Floats sums[2][kBatch] = {};
-    const float zero = kCodes ? m.zeros[neuron * groups + g] : 0.0f;
-    for (int64_t i = g * size; i < (g + 1) * size; i += 2 * kVector) {
+    Floats sums[2][kBatch];
+    for (int b = 0; b < kBatch; ++b) sums[0][b] = sums[1][b] = Set(0);
+    const Floats zero = Set(IsCoded(kType) ? m.zeros[neuron * groups + g] : 0.0f);
+    for (int64_t i = g * size; i < (g + 1) * size; i += kCodeRun) {
       Prefetch<kType>(ahead, i);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        Floats w;
-        Values<kType>(row, i + half * kVector, m.width, &w);
-        if constexpr (kCodes) w -= zero;
+      const uint8_t* run = RunAt<kType>(row, i, m.width, copy);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        Floats w = Values<kType>(run, v);
+        if constexpr (IsCoded(kType)) w -= zero;
 #pragma GCC unroll 4
-        for (int b = 0; b < kBatch; ++b) {
-          Floats in;
-          Read(x + b * stride + i + half * kVector, &in);
-          sums[half][b] += w * in;
-        }
+        for (int b = 0; b < kBatch; ++b) sums[v % 2][b] += w * Load(x + b * stride + i + v * kLanes);
       }
     }
     for (int b = 0; b < kBatch; ++b) {
       const Floats sum = sums[0][b] + sums[1][b];
-      total[b] += kCodes ? sum * m.scales[neuron * groups + g] : sum;
+      total[b] += IsCoded(kType) ? sum * Set(m.scales[neuron * groups + g]) : sum;
     }
   }
-  for (int b = 0; b < kBatch; ++b) {
-    float sum = 0;
-    for (int i = 0; i < kVector; ++i) sum += total[b][i];
-    to[b] = sum;
-  }
+  for (int b = 0; b < kBatch; ++b) to[b] = Sum(total[b]);
 }
 
-// Adds `h[b][n]` times the rows of `count` neurons to the sums of each input.
-template <RowType kType, int kBatch>
-inline void AddRows(const SparseMlpProblem& p, const int64_t* neurons, int count, const float (*h)[kTogether],
+// Adds `h[b][n]` times the rows of `kCount` neurons to the sums of each input; fetches those of `next_count` others.
+template <RowType kType, int kBatch, int kCount>
+inline void AddRows(const SparseMlpProblem& p, const int64_t* neurons, const float (*h)[kTogether],
                     const int64_t* next, int next_count, float* sums) {
   const NeuronRows& m = p.down;
-  constexpr bool kCodes = kType == kRowInt8 || kType == kRowInt4;
-  const uint8_t* rows[kTogether];
-  for (int n = 0; n < count; ++n) rows[n] = RowOf(m, neurons[n]);
-  for (int64_t i = 0; i < m.width; i += 2 * kVector) {
+  alignas(64) uint8_t copies[kCount][4 * kCodeRun];
+  for (int64_t i = 0; i < m.width; i += kCodeRun) {
+    const uint8_t* runs[kCount];
     for (int n = 0; n < next_count; ++n) Prefetch<kType>(RowOf(m, next[n]), i);
-#pragma GCC unroll 2
-    for (int64_t at = i; at < i + 2 * kVector; at += kVector) {
-      Floats w[kTogether];
-      for (int n = 0; n < count; ++n) {
-        Values<kType>(rows[n], at, m.width, &w[n]);
-        if constexpr (kCodes) {
+    for (int n = 0; n < kCount; ++n) runs[n] = RunAt<kType>(RowOf(m, neurons[n]), i, m.width, copies[n]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = i + v * kLanes;
+      Floats w[kCount];
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) {
+        w[n] = Values<kType>(runs[n], v);
+        if constexpr (IsCoded(kType)) {
           const int64_t j = neurons[n];
           if (m.by_neuron) {
             const int64_t group = j * m.groups + at / m.group_size;
-            w[n] = (w[n] - m.zeros[group]) * m.scales[group];
+            w[n] = (w[n] - Set(m.zeros[group])) * Set(m.scales[group]);
           } else {
             const int64_t group = j / m.group_size * m.width + at;
-            Floats scale, zero;
-            Read(m.scales + group, &scale);
-            Read(m.zeros + group, &zero);
-            w[n] = (w[n] - zero) * scale;
+            w[n] = (w[n] - Load(m.zeros + group)) * Load(m.scales + group);
           }
         }
       }
+#pragma GCC unroll 4
       for (int b = 0; b < kBatch; ++b) {
-        Floats sum;
-        Read(sums + b * p.padded_out + at, &sum);
-        for (int n = 0; n < count; ++n) sum += h[b][n] * w[n];
-        std::memcpy(sums + b * p.padded_out + at, &sum, sizeof(sum));
+        Floats sum = Load(sums + b * p.padded_out + at);
+#pragma GCC unroll 4
+        for (int n = 0; n < kCount; ++n) sum += Set(h[b][n]) * w[n];
+        Store(sums + b * p.padded_out + at, sum);
       }
     }
   }
@@ -149,6 +212,8 @@ inline float Activate(Activation activation, float z) {
     default: return 0.5f * z * (1 + std::tanh(0.7978845608f * (z + 0.044715f * z * z * z)));
   }
 }
+
+// ---- neurons -----------------------------------------------------------------------------------------------------
 
 // One block of neurons for `kBatch` inputs; those that are zero for every input are not read a second time.
 template <RowType kType, int kBatch>
@@ -178,22 +243,20 @@ void Block(const SparseMlpProblem& p, const int64_t* neurons, int64_t count, con
     live[lives] = j;
     lives += any;
   }
-  for (int64_t n = 0; n < lives; n += kTogether) {
-    const int some = static_cast<int>(std::min<int64_t>(kTogether, lives - n));
-    const int more = static_cast<int>(std::clamp<int64_t>(lives - n - kTogether, 0, kTogether));
+  for (int64_t n = 0; n < lives;) {
+    const bool whole = n + kTogether <= lives;
+    const int some = whole ? kTogether : 1;
     float factors[kBatch][kTogether];
     for (int b = 0; b < kBatch; ++b) {
       for (int k = 0; k < some; ++k) factors[b][k] = h[n + k][b];
     }
-    if (some == kTogether) {
-      AddRows<kType, kBatch>(p, live + n, kTogether, factors, live + n + kTogether, more, sums);
+    const int more = static_cast<int>(std::clamp<int64_t>(lives - n - some, 0, kTogether));
+    if (whole) {
+      AddRows<kType, kBatch, kTogether>(p, live + n, factors, live + n + some, more, sums);
     } else {
-      for (int k = 0; k < some; ++k) {
-        float one[kBatch][kTogether];
-        for (int b = 0; b < kBatch; ++b) one[b][0] = factors[b][k];
-        AddRows<kType, kBatch>(p, live + n + k, 1, one, nullptr, 0, sums);
-      }
+      AddRows<kType, kBatch, 1>(p, live + n, factors, live + n + some, std::min(more, 1), sums);
     }
+    n += some;
   }
 }
 

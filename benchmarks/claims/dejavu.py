@@ -32,6 +32,7 @@ from benchmarks.relu_lm import FOLDER, LENGTH, Hook, ReluLM, Text, perplexity, r
 from effjax.ops.sparse_mlp import top_mask
 from effjax.sparsity.dejavu import (
     collect_sparsity,
+    head_masks,
     needed_heads,
     neuron_masks,
     random_scores,
@@ -45,7 +46,7 @@ from effjax.sparsity.wina import row_norms, wina_mask
 
 SEEDS = (0, 1, 2)
 DENSITIES = (0.25, 0.15, 0.10, 0.05)
-JUDGED = 320  # windows
+JUDGED = 160  # windows, 30,720 words
 RECORDED = 220  # windows, 42,240 tokens
 HELD_OUT = 20  # further windows, for recall and calibration
 TRAINING = Training(rank=64, batch=512, epochs=16)  # 1,248 steps
@@ -151,7 +152,7 @@ def one_seed(model: ReluLM, text: Text, seed: int) -> dict[str, Any]:
         "recalls": recalls,
         "union of a batch at 15 %": spread,
         "calibrated to a recall of 0.95": calibrated,
-        "heads": heads(model, params, chosen, judged, keys[2]) | {"dense": 1.0},
+        "heads": heads(model, params, chosen, judged, keys[2]),
     }
 
 
@@ -175,18 +176,13 @@ def heads(model: ReluLM, params: Any, chosen: np.ndarray, judged: np.ndarray, ke
     training = Training(rank=32, batch=512, epochs=16, learning_rate=1e-3, k=k)
     predictors = train_predictors(key, layers, training)[0]
 
-    def masked(scores: Any) -> Hook:
-        def hook(layer: int, inputs: Any, outputs: jax.Array) -> jax.Array:
-            return jnp.where(top_mask(scores(layer, inputs, outputs), k)[..., None], outputs, 0)
+    def best(layer: int, inputs: Any, outputs: jax.Array) -> jax.Array:
+        return jnp.where(needed_heads(outputs, share=share)[..., None], outputs, 0)
 
-        return hook
-
-    arms = {
-        "oracle": masked(lambda layer, inputs, outputs: jnp.linalg.norm(outputs, axis=-1)),
-        "look-ahead": masked(lambda layer, inputs, outputs: predictors[layer](inputs[max(0, layer - 1)])),
-        "random": masked(
-            lambda layer, inputs, outputs: jax.random.uniform(jax.random.fold_in(key, layer), outputs.shape[:-1])
-        ),
+    arms: dict[str, Hook] = {
+        "oracle": best,
+        "look-ahead": head_masks(predictors, k),
+        "random": head_masks([random_scores(r, model.heads) for r in jax.random.split(key, model.layers)], k),
     }
     dense = perplexity(model, params, judged)
     return {name: perplexity(model, params, judged, at_heads=hook) / dense for name, hook in arms.items()}

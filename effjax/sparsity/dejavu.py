@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from effjax.ops.neurons import Neurons
-from effjax.ops.sparse_mlp import choose_neurons, mlp, sparse_mlp, top_mask
+from effjax.ops.sparse_mlp import choose_neurons, sparse_mlp, top_mask
 from effjax.sparsity.predictor import Predictor, Recorded, Training, train_predictor
 
 Scores = Callable[[jax.Array], jax.Array]  # of a layer: queries [*tokens, d] -> scores [*tokens, neurons]
@@ -149,6 +149,34 @@ def neuron_masks(
     return hook
 
 
+def head_masks(
+    scores: Sequence[Scores], k: int, *, lookahead: bool = True
+) -> Callable[[int, Sequence[jax.Array], jax.Array], jax.Array]:
+    """A hook that keeps, token by token, the outputs of the `k` heads with the best scores.
+
+    A simulation: keys and values of the other heads are there for later tokens, where a real decoder would have to
+    compute them when such a token selects the head.
+
+    Args:
+        scores, lookahead: as in `neuron_masks`, for heads.
+        k: heads a token.
+
+    Returns:
+        `hook(layer, inputs, outputs)` for head outputs before the output projection, `[*tokens, heads, head_dim]`.
+
+    Example:
+        >>> hook = head_masks([lambda query: query], k=1)
+        >>> hook(0, [jnp.array([1.0, 2.0])], jnp.array([[7.0], [8.0]])).tolist()
+        [[0.0], [8.0]]
+    """
+
+    def hook(layer: int, inputs: Sequence[jax.Array], outputs: jax.Array) -> jax.Array:
+        query = inputs[max(0, layer - lookahead)]
+        return jnp.where(top_mask(scores[layer](query), k)[..., None], outputs, 0)
+
+    return hook
+
+
 def static_scores(data: Recorded) -> Scores:
     """The control that ignores the token: how often each neuron was needed.
 
@@ -210,14 +238,17 @@ def contextual_mlp(
         >>> contextual_mlp(jnp.arange(1.0, 5.0), neurons, jnp.array([0.0, 1.0, 0.0, 0.0]), 1).tolist()
         [0.0, 2.0, 0.0, 0.0]
     """
+    every = jnp.arange(neurons.count, dtype=jnp.int32)
     if k is None:
-        return mlp(x, neurons)
+        return sparse_mlp(x, neurons, every)
     chosen, count = choose_neurons(scores, k, threshold)
     most = max(1, int(most_density * neurons.count))
     if len(chosen) <= most:
         return sparse_mlp(x, neurons, chosen, count)
     return jax.lax.cond(
-        count <= most, lambda: sparse_mlp(x, neurons, chosen[:most], jnp.minimum(count, most)), lambda: mlp(x, neurons)
+        count <= most,
+        lambda: sparse_mlp(x, neurons, chosen[:most], jnp.minimum(count, most)),
+        lambda: sparse_mlp(x, neurons, every),
     )
 
 
