@@ -186,7 +186,7 @@ def why_not(implementation: str, x: Any, neurons: Neurons, block: int = 1) -> st
 def estimates(platform: str, x: Any, neurons: Neurons, k: int, *, block: int = 1) -> dict[str, float]:
     """Modelled seconds of every implementation that takes the operands, for `k` chosen neurons or blocks.
 
-    The constants for the CPU were measured with `benchmarks/claims/dejavu.py`; those of other platforms are estimates.
+    Those for a CPU follow measurements (`benchmarks/kernels/sparse_mlp.py`); those for other platforms are guesses.
 
     Args:
         platform: "cpu", "tpu" or "cuda".

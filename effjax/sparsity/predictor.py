@@ -244,7 +244,8 @@ def train_predictor(
         nothing = (jnp.float32(jnp.nan), jnp.float32(jnp.nan))
         return jax.lax.cond(done, lambda carry: (carry, nothing), run, carry)
 
-    first = ((start, optimizer.init(start)), start, jnp.float32(-1.0), jnp.int32(0))
+    start_state = optimizer.init(start)  # type: ignore[arg-type]
+    first = ((start, start_state), start, jnp.float32(-1.0), jnp.int32(0))
     (_, best, _, _), (losses, recalls) = jax.lax.scan(epoch, first, jax.random.split(for_order, training.epochs))
     return best, {"loss": losses, "recall": recalls}
 

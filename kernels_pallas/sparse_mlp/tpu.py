@@ -23,9 +23,10 @@ MOST_VMEM = 32 * 2**20
 def vmem_bytes(rows: int, neurons: Any, block: int) -> int:
     """Vector memory of a step: the rows of a block twice, inputs, activations and sums."""
     inputs, out = neurons.up.shape[1], neurons.down.shape[1]
-    wide = round_up(rows, 16)
     matrices = block * (out + inputs * (1 if neurons.gate is None else 2)) * neurons.up.dtype.itemsize
-    return 2 * matrices + 8 * wide * (inputs + out + 4 * max(block, 128)) + 8 * 4 * max(block, 128) * 8 + 2**20
+    wide, lanes = round_up(rows, 16), max(block, 128)
+    few = 4 * (wide * (inputs + out + 4 * lanes) + 8 * lanes)  # the last: biases, in a register's eight rows
+    return 2 * (matrices + few) + 2**20
 
 
 def why_not(x_dtype: Any, neurons: Any, block: int) -> str:
