@@ -297,7 +297,7 @@ def top_mask(
         >>> top_mask(jnp.array([[0.0, 3.0, 1.0]]), k=2).tolist()
         [[False, True, True]]
     """
-    best = jax.lax.top_k(scores, k)[1]
+    best = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), k)[1]  # which has -0 below 0
     mask = jnp.zeros(scores.shape, bool)
     mask = jnp.put_along_axis(mask, best, True, axis=-1, inplace=False)
     return mask & ~(scores <= threshold)

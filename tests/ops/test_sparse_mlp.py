@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import effjax as ej
@@ -178,6 +178,7 @@ def test_bad_input_is_named():
 
 @settings(max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from([(1, 1, 1), (1, 37, 11), (3, 18, 5)]))
+@example(5883, (3, 18, 5))  # zeros of both signs
 def test_the_union_of_the_best(seed, shape):
     rng = np.random.default_rng(seed)
     rows, n, k = shape
