@@ -275,8 +275,8 @@ def one_seed(name: str, task: Task, folder: Path, seed: int, timed: bool) -> dic
 TASKS = {
     "wikitext": Task(
         load=wide_layers.wikitext,
-        method=LSS(hashes=6, tables=10, positive_weight=1.5, rebuilds=200),
-        loss=0.8,
+        method=LSS(hashes=6, tables=10),
+        loss=1.0,
         random=(2, 3, 4, 5, 6),
     ),
     "delicious": Task(

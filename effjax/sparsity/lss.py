@@ -178,8 +178,8 @@ def negatives(
     """Labels in the buckets of queries that are not their own, of small logits first, and how much each pair counts.
 
     A pair counts as if drawn from those of all queries together: as much as its query retrieves, so that the few
-    queries that meet huge buckets, where most of the cost lies, are heard. A label is drawn as often as tables hold it in the
-    query's bucket: it would have to leave each of them.
+    queries that meet huge buckets, where most of the cost lies, are heard. A label is drawn as often as tables hold it
+    in the query's bucket: it would have to leave each of them.
     """
     total = tables.sizes(codes).sum(-1, keepdims=True)
     which = jax.random.randint(key, (q.shape[0], 2 * method.negatives), 0, jnp.maximum(total, 1))
