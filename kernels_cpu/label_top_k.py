@@ -49,7 +49,8 @@ def label_top_k(
         >>> [x.tolist() for x in label_top_k(*arrays, k=1)]  # all buckets empty: label 0, the fallback
         [[[0.0]], [[0]], [1]]
     """
-    reason = why_not(*directions.shape[1:], variant)
+    _, hashes, tables = directions.shape
+    reason = why_not(hashes, tables, variant)
     if reason:
         raise ValueError(reason)
     batch = h.shape[0]
@@ -60,4 +61,5 @@ def label_top_k(
     )
     call = jax.ffi.ffi_call(NATIVE.target("EffjaxLabelTopK"), results, vmap_method="sequential")
     number = np.int64(variants.VARIANTS[variant])
-    return tuple(call(h, directions, ids, offsets, weights, bias, fallback, variant=number))
+    values, labels, scored = call(h, directions, ids, offsets, weights, bias, fallback, variant=number)
+    return values, labels, scored

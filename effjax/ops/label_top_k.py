@@ -90,7 +90,8 @@ def label_top_k(
     batch = h.shape[:-1]
     flat = h.reshape(-1, dim - 1).astype(jnp.float32)
     arrays = (flat, hash_functions.directions.astype(jnp.float32), ids, offsets, weights, bias.astype(jnp.float32))
-    values, found, scored = _top_k(k, implementation, *arrays, fallback.astype(jnp.int32))
+    results: Any = _top_k(k, implementation, *arrays, fallback.astype(jnp.int32))
+    values, found, scored = results
     return LabelTopK(values.reshape(*batch, k), found.reshape(*batch, k), scored.reshape(batch))
 
 
@@ -102,14 +103,14 @@ def _top_k(k: int, implementation: str | None, *arrays: jax.Array) -> list[jax.A
         return _reference(*arrays, k=k)
     if implementation != "cpu":
         raise ValueError(f"label_top_k: implementation={implementation!r}: choose 'reference' or 'cpu'")
-    reason = native.why_not(*arrays[1].shape[1:])
+    reason = _why_not(arrays[1])
     if reason:
         raise ValueError(f"label_top_k: implementation='cpu' does not run: {reason}")
     return _native(*arrays, k=k)
 
 
 def _forward(k: int, implementation: str | None, *arrays: jax.Array) -> tuple[list[jax.Array], tuple]:
-    results = _top_k(k, implementation, *arrays)
+    results: Any = _top_k(k, implementation, *arrays)
     return results, (arrays[0], arrays[4], results[1])
 
 
@@ -148,12 +149,17 @@ def _reference(*arrays: jax.Array, k: int) -> list[jax.Array]:
     return [jnp.where(some, values, -jnp.inf), jnp.where(some, found, -1).astype(jnp.int32), scored]
 
 
+def _why_not(directions: jax.Array) -> str:
+    _, hashes, tables = directions.shape
+    return native.why_not(hashes, tables)
+
+
 def _native(*arrays: jax.Array, k: int) -> list[jax.Array]:
     return list(native.label_top_k(*arrays, k=k))
 
 
 def _where_native(*arrays: jax.Array, k: int) -> list[jax.Array]:
-    run = _reference if native.why_not(*arrays[1].shape[1:]) else _native
+    run = _reference if _why_not(arrays[1]) else _native
     return run(*arrays, k=k)
 
 
