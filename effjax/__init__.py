@@ -1,6 +1,6 @@
 """effjax: smaller and faster neural networks with pure functions over parameter pytrees."""
 
-from effjax import arrays, io, kv, ops, prune, quantize, sketch
+from effjax import arrays, io, kv, ops, prune, quantize, sketch, sparsity
 from effjax.adapters import add_lora, drop_adapters, partition_adapters
 from effjax.arrays import is_compressed, materialize, nbytes, partition_specs
 from effjax.kv import kv_evict
@@ -41,5 +41,6 @@ __all__ = [
     "restore",
     "sketch",
     "sketch_params",
+    "sparsity",
     "summary",
 ]

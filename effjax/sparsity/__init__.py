@@ -1,23 +1,31 @@
 """Sparsity that depends on the input: which neurons, heads and labels a token needs."""
 
+from effjax.sparsity.dejavu import collect_sparsity, contextual_mlp, neuron_masks, train_predictors
 from effjax.sparsity.label_head import LabelHead, build_label_head, frequent_labels, sampled_softmax_loss
 from effjax.sparsity.label_tables import LabelTables, build_tables, retrieve
 from effjax.sparsity.lss import LSS, TrainedHashes, train_hashes
+from effjax.sparsity.predictor import Predictor, Training
 from effjax.sparsity.relu import flops_share, relufy, shift_for, zero_shares
 
 __all__ = [
     "LSS",
     "LabelHead",
     "LabelTables",
+    "Predictor",
     "TrainedHashes",
+    "Training",
     "build_label_head",
     "build_tables",
+    "collect_sparsity",
+    "contextual_mlp",
     "flops_share",
     "frequent_labels",
+    "neuron_masks",
     "relufy",
     "retrieve",
     "sampled_softmax_loss",
     "shift_for",
     "train_hashes",
+    "train_predictors",
     "zero_shares",
 ]

@@ -380,6 +380,7 @@ METHODS = (
         magnitude_blocks=ej.prune.Magnitude(sparsity=0.5, pattern="4x8"),
         random=ej.prune.Random(sparsity=0.5),
         random_1_4=ej.prune.Random(pattern="1:4"),
+        highest=ej.prune.Highest(sparsity=0.5),
         wanda=ej.prune.Wanda(sparsity=0.5),
         sparsegpt_2_4=ej.prune.SparseGPT(pattern="2:4"),
     ),
