@@ -24,11 +24,12 @@ from effjax.evaluate import windows_from_text
 from effjax.io.checkpoint import save_checkpoint
 from effjax.models.decoder import Decoder
 from effjax.recipe import Recipe, apply_recipe, parse_method
-from effjax.sketch import partition_tables
+from effjax.sketch import partition_tables, scale_by_spread
 from effjax.sparsity.relu import relufy
 from train.command import run
-from train.loop import LoopConfig, fit
+from train.loop import LoopConfig, fit, make_optimizer
 
+RATES = {"spallm": 2e-2, "lora": 5e-3, "qlora": 5e-3, "full": 5e-4}
 PASSING = ("out", "resume", "mesh", "log_every", "eval_every", "save_every", "keep", "stop_at")  # may change on the way
 
 
@@ -56,7 +57,8 @@ class FinetuneConfig(LoopConfig):
         heldout: share of the windows, at the end of the text, that is judged on.
         calibration: windows of the text that a sketch is calibrated on.
         dtype: what activations and trained values are computed in.
-        learning_rate: peak; the best one depends on the method and the model: try several.
+        learning_rate: peak; for "spallm" the share of an output's spread that a step moves its tables by. None takes
+            one that did well for the method; the best depends on the model too: try several.
     """
 
     text: Path
@@ -76,12 +78,14 @@ class FinetuneConfig(LoopConfig):
     calibration: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
     steps: int = 250
-    learning_rate: float = 5e-3
+    learning_rate: float | None = None  # type: ignore[override]  # filled in below
     warmup: int = 10
     weight_decay: float = 0.0
     eval_every: int = 50
 
     def __post_init__(self):
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", RATES[self.method])
         super().__post_init__()
         if not 0 < self.heldout < 1:
             raise ConfigError(f"heldout={self.heldout}: must be between 0 and 1")
@@ -222,7 +226,11 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     count = sum(x.size for x in jax.tree.leaves(trained))
     whole = sum(math.prod(x.shape) for x in _leaves(params))
     print(f"{count:,} values of {whole:,} train ({count / whole:.2%}); held-out loss {before:.4f} before")
-    state = fit(loss_fn, trained, batch_at, config, config.out, resume=config.resume, evaluate=evaluate, frozen=frozen)
+    optimizer = make_optimizer(config)
+    if config.method == "spallm":  # outputs differ in size, and Adam's steps do not
+        optimizer = optax.chain(optimizer, scale_by_spread())
+    options = {"resume": config.resume, "evaluate": evaluate, "frozen": frozen, "optimizer": optimizer}
+    state = fit(loss_fn, trained, batch_at, config, config.out, **options)
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")
         return None

@@ -181,6 +181,7 @@ def fit(
     resume: bool = False,
     evaluate: Callable[..., Mapping[str, float]] | None = None,
     frozen: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
     """Trains until `config.steps`, `config.stop_at` or SIGTERM, and returns the last state.
 
@@ -194,12 +195,13 @@ def fit(
         evaluate: `params -> {name: value}`, called every `config.eval_every` steps and after the last.
         frozen: arrays of the model that are not trained, laid out as parameters are; the last argument of `loss_fn` and
             `evaluate`, where given.
+        optimizer: None for `make_optimizer(config)`.
 
     Raises:
         ConfigError: `out` holds a run that `resume` was not asked for, or the mesh does not fit.
         NonFiniteLossError: the loss or its gradient became NaN or infinite.
     """
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config) if optimizer is None else optimizer
 
     given, rest = () if callable(init) else (init,), () if frozen is None else (frozen,)
 

@@ -1,7 +1,10 @@
-"""The STREAM triad: the bytes a second that memory gives, which bandwidth-bound products are measured by."""
+"""The STREAM triad: the bytes a second that memory gives, which bandwidth-bound products are measured by; and what
+counts as memory: more than the last-level cache holds."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -26,3 +29,10 @@ def triad(threads: int, *, size: int = 1 << 25, repeats: int = 7) -> float:
             list(pool.map(part, range(threads)))
             times.append(time.perf_counter() - began)
     return 3 * 4 * size / min(times)
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that Linux names for the first core, 0 where it names none."""
+    sizes = [file.read_text() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    found = [re.fullmatch(r"(\d+)([KM])\s*", size) for size in sizes]
+    return max((int(m[1]) << {"K": 10, "M": 20}[m[2]] for m in found if m), default=0)

@@ -43,8 +43,8 @@ def grasp(loss: Callable[..., jax.Array], params: PyTree, *batch: Any) -> PyTree
 
     Example:
         >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
-        >>> grasp(lambda p: jnp.sum(p["kernel"] ** 4) / 12, params)["kernel"].ravel().round(3).tolist()
-        [0.333..., 21.333...]
+        >>> grasp(lambda p: jnp.sum(p["kernel"] ** 4) / 4, params)["kernel"].ravel().tolist()
+        [3.0, 192.0]
     """
     gradient = jax.grad(lambda p: loss(p, *batch))
     g = gradient(params)
