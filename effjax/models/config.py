@@ -16,6 +16,7 @@ class _Family:
     qk_norm: bool
     sliding_window: bool
     defaults: Mapping[str, Any]
+    opt: bool = False  # layer norms, learned positions, a feed-forward layer without a gate, biases everywhere
 
 
 _FAMILIES: Mapping[str, _Family] = {
@@ -43,6 +44,21 @@ _FAMILIES: Mapping[str, _Family] = {
         sliding_window=True,
         defaults={"max_position_embeddings": 32768, "head_dim": 128},
     ),
+    "opt": _Family(
+        qkv_bias=True,
+        qk_norm=False,
+        sliding_window=False,
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        opt=True,
+    ),
+}
+# What an OPT file calls otherwise, and what it may say but one way.
+_OPT_NAMES: Mapping[str, str] = {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"}
+_OPT_FIXED: Mapping[str, Any] = {
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
 }
 # An activation of the other name is one that `transformers` lacks, so that it refuses a model it would run wrongly.
 _SHIFTED = "shifted_relu"
@@ -109,16 +125,16 @@ class DecoderConfig:
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads, a divisor of the query heads; None means as many as those.
         head_dim: width of a head, even; None means `hidden_size / num_attention_heads`.
-        model_type: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`.
-        rms_norm_eps: added to the mean square in every norm.
+        model_type: `"llama"`, `"mistral"`, `"qwen2"`, `"qwen3"` or `"opt"`.
+        rms_norm_eps: added to the mean square in every norm; to the variance where they are layer norms (OPT).
         rope_theta: base of the rotary frequencies.
         rope_scaling: see `RopeScaling`, or None.
         max_position_embeddings: the longest text the model was made for (only `dynamic` scaling computes with it).
         sliding_window: a token sees itself and the `sliding_window - 1` before it; None: everything before it.
         qkv_bias: biases on the query, key and value projections (None: what the family prescribes).
-        o_bias: a bias on the attention output projection.
-        mlp_bias: biases in the feed-forward layer.
-        hidden_act: of the feed-forward layer's gate, `"silu"` or `"relu"`.
+        o_bias: a bias on the attention output projection; OPT has one always.
+        mlp_bias: biases in the feed-forward layer; OPT has them always.
+        hidden_act: of the feed-forward layer, `"silu"` or `"relu"` (None: ReLU for OPT, SiLU for all others).
         relu_shift: a ReLU gate lets through what exceeds this: `max(x - relu_shift, 0)`.
         norm_relu: a ReLU after the norms before attention and the feed-forward layer, as in stage 2 of Mirzadeh et al.,
             ReLU Strikes Back (ICLR 2024).
@@ -157,7 +173,7 @@ class DecoderConfig:
     qkv_bias: bool = None  # type: ignore[assignment]  # filled in below
     o_bias: bool = False
     mlp_bias: bool = False
-    hidden_act: str = "silu"
+    hidden_act: str = None  # type: ignore[assignment]  # filled in below
     relu_shift: float = 0.0
     norm_relu: bool = False
     tie_word_embeddings: bool = False
@@ -172,6 +188,11 @@ class DecoderConfig:
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head before the rotation."""
         return _FAMILIES[self.model_type].qk_norm
+
+    @property
+    def is_opt(self) -> bool:
+        """Layer norms, learned positions in place of rotated ones, and feed-forward layers without a gate."""
+        return _FAMILIES[self.model_type].opt
 
     def __post_init__(self) -> None:
         family = _family(self.model_type)
@@ -196,6 +217,10 @@ class DecoderConfig:
             )
         default("head_dim", self.hidden_size // self.num_attention_heads)
         default("qkv_bias", bool(family.qkv_bias))
+        default("hidden_act", "relu" if family.opt else "silu")
+        if family.opt:
+            object.__setattr__(self, "o_bias", True)
+            object.__setattr__(self, "mlp_bias", True)
         for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
             _positive_int(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -235,17 +260,22 @@ class DecoderConfig:
                 f"qkv_bias {self.qkv_bias} contradicts model_type {self.model_type!r}, which fixes it to "
                 f"{family.qkv_bias}"
             )
-        if self.o_bias and not (self.qkv_bias and family.qkv_bias is None):
+        if self.o_bias and not (self.qkv_bias and (family.qkv_bias is None or family.opt)):
             raise ConfigError(f"o_bias needs a model_type with attention_bias and qkv_bias, found {self.model_type!r}")
         if family.qkv_bias is None and self.qkv_bias != self.o_bias:
             raise ConfigError(f"model_type {self.model_type!r} has one attention_bias: write qkv_bias and o_bias alike")
-        if self.mlp_bias and self.model_type != "llama":
+        if self.mlp_bias and self.model_type not in ("llama", "opt"):
             raise ConfigError(f"mlp_bias contradicts model_type {self.model_type!r}; only 'llama' has it")
         if self.hidden_act not in ("silu", "relu"):
             raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; this decoder has 'silu' and 'relu'")
         shift = self.relu_shift
         if not isinstance(shift, int | float) or isinstance(shift, bool) or not math.isfinite(shift):
             raise ConfigError(f"relu_shift must be a finite number, found {shift!r}")
+        if family.opt and (self.rope_scaling is not None or self.hidden_act != "relu"):
+            raise ConfigError(
+                f"model_type 'opt' has learned positions and ReLUs: rope_scaling {self.rope_scaling} and hidden_act "
+                f"{self.hidden_act!r} must be None and 'relu'"
+            )
         if (shift or self.norm_relu) and self.hidden_act != "relu":
             raise ConfigError(f"relu_shift and norm_relu need hidden_act 'relu', found {self.hidden_act!r}")
         if self.bos_token_id is not None:
@@ -286,6 +316,7 @@ class DecoderConfig:
                 "config.json: quantization_config says the weights are already compressed; import the original "
                 "checkpoint"
             )
+        entries = _opt_entries(entries) if family.opt else entries
         act = entries.get("hidden_act", "silu")
         if act not in _ACTIVATIONS:
             raise ConfigError(
@@ -346,6 +377,7 @@ class DecoderConfig:
     def to_hf(self) -> dict[str, Any]:
         """The entries of a `config.json` that `transformers` and `from_hf` read back."""
         architectures = {
+            "opt": "OPT",
             "llama": "Llama",
             "mistral": "Mistral",
             "qwen2": "Qwen2",
@@ -384,7 +416,24 @@ class DecoderConfig:
                     "use_sliding_window": self.sliding_window is not None,
                     "max_window_layers": 0,
                 }
+        if self.is_opt:
+            others = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling")
+            entries = {_OPT_NAMES.get(key, key): value for key, value in entries.items() if key not in others}
+            entries |= {"word_embed_proj_dim": self.hidden_size} | _OPT_FIXED
         return entries
+
+
+def _opt_entries(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries of an OPT file under the names that the others have."""
+    for key, wanted in _OPT_FIXED.items():
+        if entries.get(key, wanted) is not wanted:
+            raise ConfigError(f"config.json: {key} {entries[key]!r} is not run; this decoder runs OPT with {wanted}")
+    width = entries.get("word_embed_proj_dim", entries.get("hidden_size"))
+    if width != entries.get("hidden_size"):
+        raise ConfigError(f"config.json: word_embed_proj_dim {width} differs from hidden_size, which is not run")
+    read = {key: value for key, value in entries.items() if key not in _OPT_NAMES.values()}
+    read |= {key: entries[name] for key, name in _OPT_NAMES.items() if name in entries}
+    return {"hidden_act": "relu", "num_key_value_heads": entries.get("num_attention_heads")} | read
 
 
 def token_ids(value: Any, key: str) -> tuple[int, ...]:

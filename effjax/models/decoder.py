@@ -1,7 +1,8 @@
 """A Llama-family decoder in Flax Linen: one attention for training, prefill and cached decoding.
 
-Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only in what `DecoderConfig` says. Sources: Touvron et al., Llama 2
-(2023); Zhang and Sennrich, RMSNorm (2019); Shazeer, SwiGLU (2020); Ainslie et al., grouped-query attention (2023).
+Llama 2 and 3, Mistral, Qwen2, Qwen3 and OPT differ only in what `DecoderConfig` says. Sources: Touvron et al., Llama 2
+(2023); Zhang et al., OPT (2022); Zhang and Sennrich, RMSNorm (2019); Shazeer, SwiGLU (2020); Ainslie et al.,
+grouped-query attention (2023).
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from effjax.models.rope import frequencies, rotary_angles, rotate
 from effjax.sequential import Stage
 
 PyTree = Any
+OPT_OFFSET = 2  # rows of OPT's table of positions before that of position 0
 Hidden = Float[Array, "batch length hidden"]
 
 
@@ -41,6 +43,29 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (wide * jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Takes the mean from the last axis, divides by the standard deviation, scales and shifts, in float32."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*any width"]) -> Float[Array, "*any width"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.expand_dims(p.astype(jnp.float32), tuple(range(x.ndim - 1))) for p in (scale, bias))
+        return (wide * scale + bias).astype(x.dtype)
+
+
+def norm(config: DecoderConfig, name: str) -> RMSNorm | LayerNorm:
+    """The norm that the model has before attention, before the feed-forward layer and at its end."""
+    kind = LayerNorm if config.is_opt else RMSNorm
+    return kind(config.rms_norm_eps, config.param_dtype, name=name)
 
 
 class Linear(nn.Module):
@@ -130,17 +155,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A gated layer, `down(act(gate(x)) * up(x))`: SwiGLU, or ReGLU with a shift (Mirzadeh et al., ICLR 2024)."""
+    """`down(act(gate(x)) * up(x))`: SwiGLU, or ReGLU with a shift (Mirzadeh et al., 2024); OPT: `down(act(up(x)))`."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         c = self.config
-        gate = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(x)
+        gate = None if c.is_opt else Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(x)
         up = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="up_proj")(x)
-        act = jax.nn.silu(gate) if c.hidden_act == "silu" else jax.nn.relu(gate - jnp.asarray(c.relu_shift, gate.dtype))
-        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(act * up)
+        z = up if gate is None else gate
+        act = jax.nn.silu(z) if c.hidden_act == "silu" else jax.nn.relu(z - jnp.asarray(c.relu_shift, z.dtype))
+        h = act if gate is None else act * up
+        return Linear(c.hidden_size, c.mlp_bias, c.param_dtype, name="down_proj")(h)
 
 
 class Block(nn.Module):
@@ -163,24 +190,30 @@ class Block(nn.Module):
     ) -> tuple[tuple[Hidden, KVCache | LayerCache | None], None]:
         c, (x, cache) = self.config, carry
         after_norm = jax.nn.relu if c.norm_relu else lambda y: y
-        y = after_norm(RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x))
+        y = after_norm(norm(c, "attention_norm")(x))
         y, cache = Attention(c, name="attention")(y, cache, layer, positions, lengths, angles)
         x = x + y
-        y = after_norm(RMSNorm(c.rms_norm_eps, c.param_dtype, name="mlp_norm")(x))
+        y = after_norm(norm(c, "mlp_norm")(x))
         return (x + MLP(c, name="mlp")(y), cache), None
 
 
 class Embed(nn.Module):
-    """The token table, looked up on the way in and, when tied, multiplied on the way out."""
+    """The token table, looked up on the way in and, when tied, multiplied on the way out; OPT adds one of positions."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
         shape = (self.config.vocab_size, self.config.hidden_size)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.config.param_dtype)
+        if self.config.is_opt:
+            shape = (self.config.max_position_embeddings + OPT_OFFSET, self.config.hidden_size)
+            self.positions = self.param("positions", nn.initializers.normal(0.02), shape, self.config.param_dtype)
 
-    def __call__(self, tokens: Int[Array, "batch length"]) -> Hidden:
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype or self.embedding.dtype)
+    def __call__(self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"]) -> Hidden:
+        x = jnp.take(self.embedding, tokens, axis=0)
+        if self.config.is_opt:  # NaN beyond the last position that the model has
+            x = x + jnp.take(self.positions, positions + OPT_OFFSET, axis=0, mode="fill", fill_value=jnp.nan)
+        return x.astype(self.config.dtype or self.embedding.dtype)
 
     def attend(self, x: Hidden) -> Float[Array, "batch length vocab"]:
         contract_hidden = (((2,), (1,)), ((), ()))
@@ -215,7 +248,8 @@ class Decoder(nn.Module):
     Parameters (`layers_{i}/...`, or `layers/...` with a leading layer axis when `config.scan_layers`):
     `embed/embedding`, `layers_{i}/attention_norm/scale`, `layers_{i}/attention/{q,k,v,o}_proj/{kernel,bias}`,
     `layers_{i}/attention/{q,k}_norm/scale`, `layers_{i}/mlp_norm/scale`, `layers_{i}/mlp/{gate,up,down}_proj/kernel`,
-    `final_norm/scale`, and `lm_head/kernel` unless tied. Kernels are `[in, out]`.
+    `final_norm/scale`, and `lm_head/kernel` unless tied. Kernels are `[in, out]`. OPT has no `gate_proj`, norms have a
+    `bias` too, and `embed/positions`.
 
     Example:
         >>> config = DecoderConfig(
@@ -268,7 +302,7 @@ class Decoder(nn.Module):
             angles = jax.lax.optimization_barrier(angles)
 
         embed = Embed(c, name="embed")
-        carry: Any = (embed(tokens), cache)
+        carry: Any = (embed(tokens, positions), cache)
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
             scanned = nn.scan(
@@ -292,7 +326,7 @@ class Decoder(nn.Module):
         x, cache = carry
         if last_only and length > 1:
             x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        x = RMSNorm(c.rms_norm_eps, c.param_dtype, name="final_norm")(x)
+        x = norm(c, "final_norm")(x)
         logits = embed.attend(x) if c.tie_word_embeddings else Head(c, name="lm_head")(x)
         return logits if cache is None else (logits, cache.replace(offset=cache.offset + counts))
 
@@ -322,7 +356,8 @@ class EmbedApply:
     config: DecoderConfig
 
     def __call__(self, params: PyTree, tokens: Int[Array, "batch length"]) -> Hidden:
-        return Embed(self.config).apply({"params": params}, tokens)  # type: ignore[return-value]
+        positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+        return Embed(self.config).apply({"params": params}, tokens, positions)  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +399,8 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
     """
     config = dataclasses.replace(config, dtype="float32", scan_layers=False, remat=False)
     block = BlockApply(config)
-    layers = [Stage(name=f"layers_{i}", apply=block, groups=GROUPS) for i in range(config.num_hidden_layers)]
+    groups = tuple(tuple(path for path in group if not config.is_opt or "gate_proj" not in path) for group in GROUPS)
+    layers = [Stage(name=f"layers_{i}", apply=block, groups=groups) for i in range(config.num_hidden_layers)]
     return Stage(name="embed", apply=EmbedApply(config)), *layers
 
 

@@ -28,5 +28,9 @@ def decoder_folds(config: DecoderConfig) -> list[Fold]:
         ("*/mlp_norm/scale", ("*/mlp/gate_proj/kernel", "*/mlp/up_proj/kernel")),
         ("*/mlp/up_proj/kernel", ("*/mlp/down_proj/kernel",)),
     ]
+    if config.is_opt:
+        folds = [(producer, tuple(c for c in consumers if "gate_proj" not in c)) for producer, consumers in folds]
+        if config.relu_shift:  # factors pass a ReLU, but not a shifted one
+            folds = folds[:-1]
     grouped = config.num_key_value_heads != config.num_attention_heads
     return [fold for fold in folds if not (grouped and fold[0] == "*/attention/v_proj/kernel")]

@@ -323,7 +323,13 @@ def encode_prompts(
                 f"generate_text: prompt {text!r} has no token, and the model has no first token of its own"
             )
     lengths = np.array([len(ids) for ids in encoded], np.int32)
-    padded = _PAD_TO * math.ceil(lengths.max() / _PAD_TO)
+    longest, limit = int(lengths.max()), model.config.max_position_embeddings
+    if model.config.is_opt and longest + max_new_tokens > limit:  # beyond its table there are no positions
+        raise ConfigError(
+            f"generate_text: {longest} tokens of a prompt and {max_new_tokens} new ones are more than the {limit} "
+            f"positions that {model.source} has; shorten the prompt or ask for fewer"
+        )
+    padded = _PAD_TO * math.ceil(longest / _PAD_TO)
     tokens = np.zeros((len(encoded), padded), np.int32)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids

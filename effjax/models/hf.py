@@ -15,7 +15,7 @@ from effjax.errors import CheckpointError, ConfigError
 from effjax.io.directory import renamed_when_whole
 from effjax.io.safetensors_file import TensorEntry, read_entries
 from effjax.models.config import DecoderConfig, token_ids
-from effjax.models.decoder import DecoderApply, stack_layers, unstack_layers
+from effjax.models.decoder import OPT_OFFSET, DecoderApply, stack_layers, unstack_layers
 from effjax.paths import leaves_with_paths, nest
 
 PyTree = Any
@@ -161,9 +161,10 @@ def read_dense(
             stacked[layer] = weight
     if config.tie_word_embeddings and "lm_head.weight" in entries:
         head = read_finite("lm_head.weight", entries["lm_head.weight"])
-        if head.tobytes() != entries["model.embed_tokens.weight"].read().tobytes():
+        table = embedding_name(config)
+        if head.tobytes() != entries[table].read().tobytes():
             raise CheckpointError(
-                f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; "
+                f"{source}: tie_word_embeddings is true, but lm_head.weight differs from {table}; "
                 "write tie_word_embeddings false to use the head"
             )
     return nest({path: leaf if is_compressed(leaf) else jnp.asarray(leaf) for path, leaf in flat.items()})
@@ -255,7 +256,7 @@ def save_hf(
 
     tensors = to_hf_tensors(config, params)
     target = Path(directory)
-    entries = config.to_hf() | {"torch_dtype": tensors["model.embed_tokens.weight"].dtype.name}
+    entries = config.to_hf() | {"torch_dtype": tensors[embedding_name(config)].dtype.name}
     texts = {"config.json": json.dumps(entries, indent=2) + "\n"} | (files or {})
     if tokenizer_json is not None:
         texts["tokenizer.json"] = tokenizer_json
@@ -372,8 +373,33 @@ def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
         if bias:
             add(f"{name}.bias", f"{path}/bias", outputs)
 
+    def norm(name: str, path: str) -> None:
+        add(f"{name}.weight", f"{path}/scale", c.hidden_size)
+        if c.is_opt:
+            add(f"{name}.bias", f"{path}/bias", c.hidden_size)
+
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    add("model.embed_tokens.weight", "embed/embedding", c.vocab_size, c.hidden_size)
+    add(embedding_name(c), "embed/embedding", c.vocab_size, c.hidden_size)
+    if c.is_opt:
+        positions = c.max_position_embeddings + OPT_OFFSET
+        add("model.decoder.embed_positions.weight", "embed/positions", positions, c.hidden_size)
+        for i in range(c.num_hidden_layers):
+            name, path = f"model.decoder.layers.{i}", f"layers_{i}"
+            norm(f"{name}.self_attn_layer_norm", f"{path}/attention_norm")
+            for theirs, ours in (
+                ("q_proj", "q_proj"),
+                ("k_proj", "k_proj"),
+                ("v_proj", "v_proj"),
+                ("out_proj", "o_proj"),
+            ):
+                linear(f"{name}.self_attn.{theirs}", f"{path}/attention/{ours}", c.hidden_size, c.hidden_size, True)
+            norm(f"{name}.final_layer_norm", f"{path}/mlp_norm")
+            linear(f"{name}.fc1", f"{path}/mlp/up_proj", c.hidden_size, c.intermediate_size, True)
+            linear(f"{name}.fc2", f"{path}/mlp/down_proj", c.intermediate_size, c.hidden_size, True)
+        norm("model.decoder.final_layer_norm", "final_norm")
+        if not c.tie_word_embeddings:
+            add("lm_head.weight", "lm_head/kernel", c.vocab_size, c.hidden_size, transposed=True)
+        return expected
     for i in range(c.num_hidden_layers):
         name, path = f"model.layers.{i}", f"layers_{i}"
         add(f"{name}.input_layernorm.weight", f"{path}/attention_norm/scale", c.hidden_size)
@@ -391,6 +417,11 @@ def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
     if not c.tie_word_embeddings:
         add("lm_head.weight", "lm_head/kernel", c.vocab_size, c.hidden_size, transposed=True)
     return expected
+
+
+def embedding_name(config: DecoderConfig) -> str:
+    """What the token table is called on disk."""
+    return "model.decoder.embed_tokens.weight" if config.is_opt else "model.embed_tokens.weight"
 
 
 def check_entries(entries: dict[str, TensorEntry], expected: dict[str, StoredTensor], source: str) -> None:

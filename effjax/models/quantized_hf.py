@@ -18,6 +18,7 @@ from effjax.models.hf import (
     LoadedModel,
     StoredTensor,
     all_entries,
+    embedding_name,
     expected_tensors,
     read_config,
     read_dense,
@@ -103,7 +104,7 @@ def load_quantized(
     stored = reader.parse_config(entries)
     config = read_config(directory, quantized=True)
     tensors, expected = all_entries(directory), expected_tensors(config)
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(embedding_name(config))
     leaf_dtype = dtype or (embedding.dtype if embedding and embedding.dtype.name in _FLOATS else "float32")
     leaves: dict[str, Any] = {}
     schemes: dict[str, Any] = {}

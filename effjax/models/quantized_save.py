@@ -19,7 +19,7 @@ from effjax.io.formats import awq
 from effjax.io.formats.exactness import WRITERS, Encoded, Exactness, Format, Scheme, encode, nearest
 from effjax.io.safetensors_file import write_file
 from effjax.models.decoder import unstack_layers
-from effjax.models.hf import LoadedModel, expected_tensors
+from effjax.models.hf import LoadedModel, embedding_name, expected_tensors
 from effjax.paths import leaves_with_paths
 from effjax.tree import kind_of
 
@@ -285,7 +285,7 @@ def write_plan(
             f"{model.source}: {len(refused)} of {len(made.verdicts)} tensors cannot be kept exactly as {format}: "
             f"{first.path}: {first.reason}; allow an approximation, or choose another format"
         )
-    embedding = made.tensors["model.embed_tokens.weight"].dtype.name
+    embedding = made.tensors[embedding_name(model.config)].dtype.name
     entries = model.config.to_hf() | {"torch_dtype": embedding, "quantization_config": made.quantization_config}
     texts = {"config.json": json.dumps(entries, indent=2) + "\n"}
     if model.tokenizer is not None:

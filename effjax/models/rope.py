@@ -13,7 +13,12 @@ from effjax.models.config import DecoderConfig
 
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians a position for each pair, float32 [head_dim / 2]; for `dynamic`, those of a text that still fits."""
+    """Radians a position for each pair, float32 [head_dim / 2]; for `dynamic`, those of a text that still fits.
+
+    All 0 where positions are learned (OPT): nothing is turned.
+    """
+    if config.is_opt:
+        return np.zeros(config.head_dim // 2, np.float32)
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     freqs = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling

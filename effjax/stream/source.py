@@ -18,6 +18,7 @@ from effjax.models.config import DecoderConfig
 from effjax.models.hf import (
     all_entries,
     check_entries,
+    embedding_name,
     expected_tensors,
     find_directory,
     read_config,
@@ -167,7 +168,7 @@ def open_source(path_or_id: str | os.PathLike[str]) -> Source:
     entries, expected = all_entries(directory), expected_tensors(config)
     check_entries(entries, expected, name)
     if config.tie_word_embeddings and "lm_head.weight" in entries:
-        _check_tied(entries, name)
+        _check_tied(entries, name, embedding_name(config))
     tensors = {
         tensor.path: Stored(name=tensor_name, entry=entries[tensor_name], transposed=tensor.transposed)
         for tensor_name, tensor in expected.items()
@@ -187,12 +188,12 @@ def embedded_directory() -> Path:
     return files
 
 
-def _check_tied(entries: dict[str, TensorEntry], name: str) -> None:
-    head, embedding = entries["lm_head.weight"], entries["model.embed_tokens.weight"]
+def _check_tied(entries: dict[str, TensorEntry], name: str, table: str) -> None:
+    head, embedding = entries["lm_head.weight"], entries[table]
     pairs = zip(head.chunks(), embedding.chunks(), strict=False)
     same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if not same or not all(raw_bytes(a) == raw_bytes(b) for a, b in pairs):
         raise CheckpointError(
-            f"{name}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; write "
-            "tie_word_embeddings false to use the head"
+            f"{name}: tie_word_embeddings is true, but lm_head.weight differs from {table}; write tie_word_embeddings "
+            "false to use the head"
         )

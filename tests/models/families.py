@@ -36,6 +36,7 @@ FAMILIES = {
     "llama2": _BASE | {"model_type": "llama"},
     "llama2_all_heads_tied": _BASE | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama_biases": _BASE | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama_relu": _BASE | {"model_type": "llama", "hidden_act": "relu"},
     "llama3": _BASE | {"model_type": "llama", "rope_theta": 500.0, "head_dim": 12, "rope_scaling": _LLAMA3},
     "llama_linear": _BASE | {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama_dynamic": _BASE
@@ -54,6 +55,21 @@ FAMILIES = {
     "qwen3": _BASE | {"model_type": "qwen3", "head_dim": 8, "rope_theta": 1e6},
     "qwen3_tied_bias": _BASE
     | {"model_type": "qwen3", "head_dim": 10, "attention_bias": True, "tie_word_embeddings": True},
+    "opt": {
+        "model_type": "opt",
+        "vocab_size": 32,
+        "hidden_size": 24,
+        "word_embed_proj_dim": 24,
+        "ffn_dim": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    },
 }
 
 
@@ -75,6 +91,8 @@ def tokens(rows: int = 1, length: int = LENGTH, vocab_size: int = 32) -> np.ndar
 
 def hf_tensors(config: dict) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint, written down here a second time, apart from the importer's own list."""
+    if config["model_type"] == "opt":
+        return _opt_tensors(config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -102,6 +120,23 @@ def hf_tensors(config: dict) -> dict[str, np.ndarray]:
         if config["model_type"] == "qwen3":
             for part in ("q_norm", "k_norm"):
                 shapes[f"{at}self_attn.{part}.weight"] = (head_dim,)
+    return {name: weight(name, shape) for name, shape in shapes.items()}
+
+
+def _opt_tensors(config: dict) -> dict[str, np.ndarray]:
+    hidden, ffn, at = config["hidden_size"], config["ffn_dim"], "model.decoder."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{at}embed_tokens.weight": (config["vocab_size"], hidden),
+        f"{at}embed_positions.weight": (config["max_position_embeddings"] + 2, hidden),
+    }
+    linears = {f"self_attn.{part}_proj": (hidden, hidden) for part in ("q", "k", "v", "out")}
+    linears |= {"fc1": (ffn, hidden), "fc2": (hidden, ffn)}
+    vectors = [f"{at}final_layer_norm"]
+    for i in range(config["num_hidden_layers"]):
+        vectors += [f"{at}layers.{i}.{norm}" for norm in ("self_attn_layer_norm", "final_layer_norm")]
+        for part, shape in linears.items():
+            shapes |= {f"{at}layers.{i}.{part}.weight": shape, f"{at}layers.{i}.{part}.bias": shape[:1]}
+    shapes |= {f"{name}.{kind}": (hidden,) for name in vectors for kind in ("weight", "bias")}
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 

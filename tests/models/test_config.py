@@ -8,7 +8,7 @@ from effjax.errors import ConfigError
 from effjax.models.config import DecoderConfig, RopeScaling
 from tests.models.families import FAMILIES
 
-LLAMA, MISTRAL, QWEN2 = FAMILIES["llama2"], FAMILIES["mistral"], FAMILIES["qwen2_window_tied"]
+LLAMA, MISTRAL, QWEN2, OPT = (FAMILIES[name] for name in ("llama2", "mistral", "qwen2_window_tied", "opt"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,8 +25,9 @@ def test_families_differ_as_they_should():
         "qwen2",
         "qwen2_window_tied",
         "qwen3_tied_bias",
+        "opt",
     ]
-    assert [name for name, c in read.items() if c.o_bias] == ["llama_biases", "qwen3_tied_bias"]
+    assert [name for name, c in read.items() if c.o_bias] == ["llama_biases", "qwen3_tied_bias", "opt"]
     assert [name for name, c in read.items() if c.qk_norm] == ["qwen3", "qwen3_tied_bias"]
     assert [name for name, c in read.items() if c.sliding_window] == ["mistral", "qwen2_window_tied"]
     assert read["llama3"].rope_scaling == RopeScaling(
@@ -89,6 +90,13 @@ def test_several_stop_tokens_and_defaults():
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; this decoder has"),
         (LLAMA | {"hidden_act": "shifted_relu", "relu_shift": "a"}, "relu_shift must be a finite number, found 'a'"),
         (LLAMA | {"hidden_act": "shifted_relu", "norm_relu": 1}, "norm_relu must be true or false, found 1"),
+        (
+            OPT | {"do_layer_norm_before": False},
+            "do_layer_norm_before False is not run; this decoder runs OPT with True",
+        ),
+        (OPT | {"word_embed_proj_dim": 12}, "word_embed_proj_dim 12 differs from hidden_size"),
+        (OPT | {"activation_function": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"model_type": "opt", "vocab_size": 3}, "missing hidden_size, intermediate_size, num_hidden_layers"),
         (LLAMA | {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
         (LLAMA | {"rope_theta": "big"}, "rope_theta must be a positive number"),
         (LLAMA | {"sliding_window": 4}, "sliding_window contradicts model_type 'llama'"),
@@ -135,6 +143,7 @@ def test_refused(entries, message):
         ({"qkv_bias": True}, "write qkv_bias and o_bias alike"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias contradicts model_type 'qwen3'"),
         ({"eos_token_ids": [2]}, "eos_token_ids must be a tuple"),
+        ({"model_type": "opt", "hidden_act": "silu"}, "'opt' has learned positions and ReLUs: rope_scaling None and"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; this decoder has 'silu' and 'relu'"),
         ({"hidden_act": "relu", "relu_shift": float("inf")}, "relu_shift must be a finite number, found inf"),
         ({"relu_shift": 0.5}, "relu_shift and norm_relu need hidden_act 'relu', found 'silu'"),
