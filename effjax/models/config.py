@@ -419,7 +419,7 @@ class DecoderConfig:
         if self.is_opt:
             others = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling")
             entries = {_OPT_NAMES.get(key, key): value for key, value in entries.items() if key not in others}
-            entries |= {"word_embed_proj_dim": self.hidden_size} | _OPT_FIXED
+            entries |= {"word_embed_proj_dim": self.hidden_size, **_OPT_FIXED}
         return entries
 
 
