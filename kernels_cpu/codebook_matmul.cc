@@ -13,18 +13,6 @@ namespace ffi = xla::ffi;
 namespace effjax {
 namespace {
 
-const CodebookKernel* Choose(int64_t variant) {
-  const CodebookKernel* avx512 = HasAvx512() ? kCodebookAvx512 : nullptr;
-  const CodebookKernel* avx2 = HasAvx2() ? kCodebookAvx2 : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : kCodebookPortable;
-    case kPortable: return kCodebookPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("codebook_matmul: " + what); }
 
 ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes,
@@ -45,7 +33,7 @@ ffi::Error CodebookMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
     return Bad("codes have not the rows that the inputs need");
   }
   if (y->dimensions()[0] != p.rows || y->dimensions()[1] != p.out) return Bad("x, codes and y do not fit together");
-  const CodebookKernel* kernel = Choose(variant);
+  const CodebookKernel* kernel = ChooseKernel(variant, kCodebookPortable, kCodebookAvx2, kCodebookAvx512);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "codebook_matmul: variant " + std::to_string(variant) + " does not run on this processor");

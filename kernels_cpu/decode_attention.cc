@@ -12,18 +12,6 @@ namespace ffi = xla::ffi;
 namespace effjax {
 namespace {
 
-const AttentionKernel* Choose(int64_t variant) {
-  const AttentionKernel* avx512 = HasAvx512() ? kAttentionAvx512 : nullptr;
-  const AttentionKernel* avx2 = HasAvx2() ? kAttentionAvx2 : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : kAttentionPortable;
-    case kPortable: return kAttentionPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("decode_attention: " + what); }
 
 // Whether `x` holds vectors of `p.head_dim` numbers; `bits` are those of integers.
@@ -94,7 +82,7 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
     p.asked = asked.typed_data();
     p.received = received->typed_data();
   }
-  const AttentionKernel* kernel = Choose(variant);
+  const AttentionKernel* kernel = ChooseKernel(variant, kAttentionPortable, kAttentionAvx2, kAttentionAvx512);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "decode_attention: variant " + std::to_string(variant) + " does not run on this processor");

@@ -16,18 +16,6 @@ namespace effjax {
 namespace {
 
 // Null when the variant is unknown, was not built, or this processor cannot run it.
-const LabelKernel* Choose(int64_t variant) {
-  const LabelKernel* avx512 = HasAvx512() ? kLabelAvx512 : nullptr;
-  const LabelKernel* avx2 = HasAvx2() ? kLabelAvx2 : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : kLabelPortable;
-    case kPortable: return kLabelPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("label_top_k: " + what); }
 
 template <typename Buffer>
@@ -64,7 +52,7 @@ ffi::Error LabelTopK(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> h, ffi::Buffer<
       !Is(bias, {p.labels}) || !Is(*found, {p.batch, p.k}) || !Is(*scored, {p.batch})) {
     return Bad("h, directions, ids, offsets, weights, bias and the results do not fit together");
   }
-  const LabelKernel* kernel = Choose(variant);
+  const LabelKernel* kernel = ChooseKernel(variant, kLabelPortable, kLabelAvx2, kLabelAvx512);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "label_top_k: variant " + std::to_string(variant) + " does not run on this processor");

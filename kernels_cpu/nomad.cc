@@ -14,18 +14,6 @@ namespace effjax {
 namespace {
 
 // Null when the variant is unknown, was not built, or this processor cannot run it.
-const NomadKernel* Choose(int64_t variant) {
-  const NomadKernel* avx512 = HasAvx512() ? kNomadAvx512 : nullptr;
-  const NomadKernel* avx2 = HasAvx2() ? kNomadAvx2 : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : kNomadPortable;
-    case kPortable: return kNomadPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("nomad: " + what); }
 
 ffi::Error NotHere(int64_t variant) {
@@ -60,7 +48,7 @@ ffi::Error NomadLookup(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables, ffi::B
   p.biases = biases.typed_data();
   p.codes = codes.typed_data();
   p.logits = logits->typed_data();
-  const NomadKernel* kernel = Choose(variant);
+  const NomadKernel* kernel = ChooseKernel(variant, kNomadPortable, kNomadAvx2, kNomadAvx512);
   if (kernel == nullptr) return NotHere(variant);
   ParallelRows(pool, p.rows, p.group * p.blocks * p.subs, [&](int64_t row) { kernel->lookup(p, row); });
   return ffi::Error::Success();
@@ -116,7 +104,7 @@ ffi::Error NomadAttend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffe
   p.seen = seen.element_count() == 0 ? nullptr : reinterpret_cast<const uint8_t*>(seen.typed_data());
   p.out = out->typed_data();
   p.scratch = scratch->typed_data();
-  const NomadKernel* kernel = Choose(variant);
+  const NomadKernel* kernel = ChooseKernel(variant, kNomadPortable, kNomadAvx2, kNomadAvx512);
   if (kernel == nullptr) return NotHere(variant);
   ParallelRows(pool, p.rows, p.slots * (p.subs + p.value_dim), [&](int64_t row) { kernel->attend(p, row); });
   return ffi::Error::Success();

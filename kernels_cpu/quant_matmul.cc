@@ -14,20 +14,6 @@ namespace effjax {
 namespace {
 
 // Null when the variant is unknown, was not built, or this processor cannot run it.
-const QuantKernel* Choose(int64_t variant) {
-  const QuantKernel* avx512 = HasAvx512() ? kQuantAvx512 : nullptr;
-  const QuantKernel* avx2 = HasAvx2() ? kQuantAvx2 : nullptr;
-  const QuantKernel* i8mm = HasI8mm() ? kQuantI8mm : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : i8mm ? i8mm : kQuantPortable;
-    case kPortable: return kQuantPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    case kI8mm: return i8mm;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("quant_matmul: " + what); }
 
 bool FloatType(ffi::DataType type, ScaleType* found) {
@@ -91,7 +77,7 @@ ffi::Error QuantMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   if (static_cast<int64_t>(scratch->element_count()) < Arrange(&p.x)) return Bad("the scratch buffer is too small");
   Place(&p.x, scratch->typed_data());
 
-  const QuantKernel* kernel = Choose(variant);
+  const QuantKernel* kernel = ChooseKernel(variant, kQuantPortable, kQuantAvx2, kQuantAvx512, kQuantI8mm);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "quant_matmul: variant " + std::to_string(variant) + " does not run on this processor");

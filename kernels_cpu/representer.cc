@@ -15,18 +15,6 @@ namespace effjax {
 namespace {
 
 // Null when the variant is unknown, was not built, or this processor cannot run it.
-const RepresenterKernel* Choose(int64_t variant) {
-  const RepresenterKernel* avx512 = HasAvx512() ? kRepresenterAvx512 : nullptr;
-  const RepresenterKernel* avx2 = HasAvx2() ? kRepresenterAvx2 : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : kRepresenterPortable;
-    case kPortable: return kRepresenterPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("representer: " + what); }
 
 template <typename Buffer>
@@ -64,7 +52,7 @@ ffi::Error Representer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
       !Is(*means, {p.batch, p.groups, p.outputs})) {
     return Bad("x, projection, directions, offsets, multiplier, addend, counts and the result do not fit together");
   }
-  const RepresenterKernel* kernel = Choose(variant);
+  const RepresenterKernel* kernel = ChooseKernel(variant, kRepresenterPortable, kRepresenterAvx2, kRepresenterAvx512);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "representer: variant " + std::to_string(variant) + " does not run on this processor");

@@ -19,18 +19,6 @@ namespace {
 constexpr int64_t kParts = 16;  // at most, each with sums of its own; a fixed number, so that threads change no result
 
 // Null when the variant is unknown, was not built, or this processor cannot run it.
-const SparseMlpKernel* Choose(int64_t variant) {
-  const SparseMlpKernel* avx512 = HasAvx512() ? kSparseMlpAvx512 : nullptr;
-  const SparseMlpKernel* avx2 = HasAvx2() ? kSparseMlpAvx2 : nullptr;
-  switch (variant) {
-    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : kSparseMlpPortable;
-    case kPortable: return kSparseMlpPortable;
-    case kAvx2: return avx2;
-    case kAvx512: return avx512;
-    default: return nullptr;
-  }
-}
-
 ffi::Error Bad(const std::string& what) { return ffi::Error::InvalidArgument("sparse_mlp: " + what); }
 
 int64_t Whole(int64_t n) { return (n + kCodeRun - 1) / kCodeRun * kCodeRun; }
@@ -98,7 +86,7 @@ ffi::Error SparseMlp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   const int64_t biases = static_cast<int64_t>(up_bias.element_count()), ends = static_cast<int64_t>(down_bias.element_count());
   if ((biases != 0 && biases != p.neurons) || (ends != 0 && ends != p.out)) return Bad("a bias does not fit");
   p.up_bias = biases == 0 ? nullptr : up_bias.typed_data();
-  const SparseMlpKernel* kernel = Choose(variant);
+  const SparseMlpKernel* kernel = ChooseKernel(variant, kSparseMlpPortable, kSparseMlpAvx2, kSparseMlpAvx512);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "sparse_mlp: variant " + std::to_string(variant) + " does not run on this processor");

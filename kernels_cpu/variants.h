@@ -16,4 +16,22 @@ inline bool HasAvx512() {
 inline bool HasAvx2() { return HasFeature("avx2") && HasFeature("fma") && HasFeature("f16c"); }
 inline bool HasI8mm() { return HasFeature("i8mm"); }
 
+// The kernel of a variant, of kAuto the fastest that this processor runs; null where it does not run. A kernel that was
+// not compiled is null.
+template <class Kernel>
+const Kernel* ChooseKernel(int64_t variant, const Kernel* portable, const Kernel* avx2, const Kernel* avx512,
+                           const Kernel* i8mm = nullptr) {
+  if (!HasAvx2()) avx2 = nullptr;
+  if (!HasAvx512()) avx512 = nullptr;
+  if (!HasI8mm()) i8mm = nullptr;
+  switch (variant) {
+    case kAuto: return avx512 ? avx512 : avx2 ? avx2 : i8mm ? i8mm : portable;
+    case kPortable: return portable;
+    case kAvx2: return avx2;
+    case kAvx512: return avx512;
+    case kI8mm: return i8mm;
+    default: return nullptr;
+  }
+}
+
 }  // namespace effjax
