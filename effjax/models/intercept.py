@@ -39,8 +39,8 @@ def intercepted(config: DecoderConfig, intercept: Intercept) -> Callable[..., An
 
 
 def layer_of(context: nn.module.InterceptorContext, *place: str) -> int | None:
-    """The number of the layer when a module at `place` in it is called, such as `"mlp", "down_proj"`; else None."""
+    """The number of the layer when it, or the module at `place` in it such as `"mlp", "down_proj"`, is called."""
     path = context.module.path
-    if context.method_name != "__call__" or path[1:] != place:
+    if context.method_name != "__call__" or path[1:] != place or not path or not path[0].startswith("layers_"):
         return None
     return int(path[0].removeprefix("layers_"))

@@ -1,5 +1,6 @@
 """Sparsity that depends on the input: which neurons, heads and labels a token needs."""
 
+from effjax.sparsity.decoder import apply_contextual, decoder_taps
 from effjax.sparsity.dejavu import collect_sparsity, contextual_mlp, neuron_masks, train_predictors
 from effjax.sparsity.label_head import LabelHead, build_label_head, frequent_labels, sampled_softmax_loss
 from effjax.sparsity.label_tables import LabelTables, build_tables, retrieve
@@ -14,10 +15,12 @@ __all__ = [
     "Predictor",
     "TrainedHashes",
     "Training",
+    "apply_contextual",
     "build_label_head",
     "build_tables",
     "collect_sparsity",
     "contextual_mlp",
+    "decoder_taps",
     "flops_share",
     "frequent_labels",
     "neuron_masks",
