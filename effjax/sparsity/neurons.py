@@ -24,6 +24,7 @@ def changed_neurons(config: DecoderConfig, change: Change) -> Callable[..., Any]
         `apply({"params": params}, tokens, **kwargs)`, as `effjax.models.decoder.DecoderApply`.
 
     Example:
+        >>> import jax
         >>> from effjax.models.decoder import Decoder
         >>> config = DecoderConfig(
         ...     vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
