@@ -135,27 +135,27 @@ def sparse_training(
         masks_by_path(params, mask)  # raises where it does not fit
         return SparseState(count=jnp.zeros((), jnp.int32), mask=mask, inner=optimizer.init(params))
 
-    def update(grads: PyTree, state: SparseState, params: PyTree | None = None) -> tuple[PyTree, SparseState]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, SparseState]:
         if params is None:
             raise ValueError("sparse_training: update needs the parameters: optimizer.update(grads, state, params)")
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
 
         def train() -> tuple[PyTree, PyTree, Any]:
-            updates, inner = optimizer.update(_under(state.mask, grads), state.inner, params)
-            return _under(state.mask, updates), state.mask, inner
+            steps, inner = optimizer.update(_under(state.mask, updates), state.inner, params)
+            return _under(state.mask, steps), state.mask, inner
 
         def change() -> tuple[PyTree, PyTree, Any]:
-            new = moved(method, count, state.mask, params, grads)
+            new = moved(method, count, state.mask, params, updates)
             kept = jax.tree.map(jnp.logical_and, state.mask, new)
             # What stays is left alone; all others become zero, where those that are grown begin.
-            updates = _map_like(lambda w, k: jnp.where(k, 0, -w), params, kept, lambda w: jnp.zeros_like(w))
+            steps = _map_like(lambda w, k: jnp.where(k, 0, -w), params, kept, lambda w: jnp.zeros_like(w))
             whole = _map_like(lambda w, k: k, params, kept, lambda w: jnp.ones(w.shape, bool))
             inner = optax.tree.map_params(optimizer, lambda s, k: jnp.where(k, s, 0), state.inner, whole)
-            return updates, new, inner
+            return steps, new, inner
 
         due = (count % method.every == 0) & (count <= method.until)
-        updates, new, inner = jax.lax.cond(due, change, train)
-        return updates, SparseState(count=count, mask=new, inner=inner)
+        steps, new, inner = jax.lax.cond(due, change, train)
+        return steps, SparseState(count=count, mask=new, inner=inner)
 
     return optax.GradientTransformation(init, update)
 
