@@ -14,7 +14,7 @@ from effjax.arrays.base import PyTree
 from effjax.errors import ConfigError
 from effjax.lift.calibrate import InputStats
 from effjax.models.config import DecoderConfig
-from effjax.paths import leaves_with_paths
+from effjax.paths import leaves_with_paths, path_str
 
 
 def relufy(config: DecoderConfig, *, stage: int = 1, shift: float = 0.0) -> DecoderConfig:
@@ -94,4 +94,4 @@ def flops_share(stats: PyTree, params: PyTree) -> float:
 
 def _watched(stats: PyTree) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_leaves_with_path(stats, is_leaf=lambda x: isinstance(x, InputStats))
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+    return [(path_str(path), leaf) for path, leaf in flat]
