@@ -55,8 +55,8 @@ ffi::Error SparseMlp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
                      ffi::Buffer<ffi::F32> up_zeros, ffi::AnyBuffer gate, ffi::Buffer<ffi::F32> gate_scales,
                      ffi::Buffer<ffi::F32> gate_zeros, ffi::AnyBuffer down, ffi::Buffer<ffi::F32> down_scales,
                      ffi::Buffer<ffi::F32> down_zeros, ffi::Buffer<ffi::F32> up_bias, ffi::Buffer<ffi::F32> down_bias,
-                     int64_t type, int64_t activation, int64_t gated, int64_t by_neuron, int64_t variant,
-                     ffi::ResultBuffer<ffi::F32> y) {
+                     int64_t type, int64_t activation, float shift, int64_t gated, int64_t by_neuron, int64_t variant,
+                     ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> used) {
   if (x.dimensions().size() != 2 || up.dimensions().size() != 2 || y->dimensions().size() != 2 ||
       chosen.dimensions().size() != 1 || count.element_count() != 1) {
     return Bad("x, up and y must be matrices, chosen a vector and count one number");
@@ -73,9 +73,13 @@ ffi::Error SparseMlp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   p.padded_out = Whole(p.out);
   p.type = static_cast<RowType>(type);
   p.activation = static_cast<Activation>(activation);
+  p.shift = shift;
   p.gated = gated != 0;
   p.chosen = chosen.typed_data();
   if (y->dimensions()[0] != p.batch) return Bad("x and the result have not the same rows");
+  if (static_cast<int64_t>(used->element_count()) != p.neurons) return Bad("used has not a byte for every neuron");
+  p.used = used->typed_data();
+  std::memset(p.used, 0, static_cast<size_t>(p.neurons));
   if (!Fill(up, up_scales, up_zeros, p.neurons, p.in, p.type, true, &p.up)) return Bad("up does not fit x");
   if (p.gated && !Fill(gate, gate_scales, gate_zeros, p.neurons, p.in, p.type, true, &p.gate)) {
     return Bad("gate does not fit x");
@@ -141,7 +145,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxSparseMlp, effjax::SparseMlp,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("type")
                                   .Attr<int64_t>("activation")
+                                  .Attr<float>("shift")
                                   .Attr<int64_t>("gated")
                                   .Attr<int64_t>("by_neuron")
                                   .Attr<int64_t>("variant")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from kernels_cpu import variants
 from kernels_cpu._native import NATIVE
@@ -29,8 +29,8 @@ def sparse_mlp(
     chosen: Int32[Array, " k"],
     count: Int32[Array, ""],
     variant: str = "auto",
-) -> Float[Array, "batch out"]:
-    """See `effjax.ops.sparse_mlp`; computed in float32.
+) -> tuple[Float[Array, "batch out"], UInt8[Array, " neurons"]]:
+    """See `effjax.ops.sparse_mlp`; computed in float32. Also which neurons are not zero for some row: 1, else 0.
 
     Raises:
         ValueError: weights that the kernel does not take, or a variant that is unknown or does not run here.
@@ -38,8 +38,9 @@ def sparse_mlp(
     Example:
         >>> from effjax.ops.neurons import make_neurons
         >>> neurons = make_neurons(jnp.ones((3, 8)), jnp.ones((8, 2)))
-        >>> sparse_mlp(jnp.ones((1, 3)), neurons, jnp.array([1, 4]), jnp.int32(2)).tolist()
-        [[6.0, 6.0]]
+        >>> y, used = sparse_mlp(jnp.ones((1, 3)), neurons, jnp.array([1, 4]), jnp.int32(2))
+        >>> y.tolist(), used.tolist()
+        ([[6.0, 6.0]], [0, 1, 0, 0, 1, 0, 0, 0])
     """
     reason = why_not(neurons, variant)
     if reason:
@@ -51,9 +52,12 @@ def sparse_mlp(
 
     biases = [jnp.zeros(0, jnp.float32) if b is None else b for b in (neurons.up_bias, neurons.down_bias)]
     gate = (empty, empty, empty) if neurons.gate is None else parts(neurons.gate)
-    result = jax.ShapeDtypeStruct((x.shape[0], neurons.down.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call(NATIVE.target("EffjaxSparseMlp"), result, vmap_method="sequential")
-    return call(
+    results = [
+        jax.ShapeDtypeStruct((x.shape[0], neurons.down.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((neurons.count,), jnp.uint8),
+    ]
+    call = jax.ffi.ffi_call(NATIVE.target("EffjaxSparseMlp"), results, vmap_method="sequential")
+    y, used = call(
         x.astype(jnp.float32),
         chosen.astype(jnp.int32),
         jnp.asarray(count, jnp.int32),
@@ -63,10 +67,12 @@ def sparse_mlp(
         *biases,
         type=np.int64(TYPES[_kind(neurons.up)]),
         activation=np.int64(ACTIVATIONS[neurons.activation]),
+        shift=np.float32(neurons.shift),
         gated=np.int64(neurons.gate is not None),
         by_neuron=np.int64(getattr(neurons.down, "by_neuron", False)),
         variant=np.int64(variants.VARIANTS[variant]),
     )
+    return y, used
 
 
 def _kind(rows: Any) -> Any:

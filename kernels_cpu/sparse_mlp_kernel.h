@@ -228,7 +228,7 @@ void Block(const SparseMlpProblem& p, const int64_t* neurons, int64_t count, con
       Dot<kType, kBatch>(p.gate, j, next, x, p.padded_in, gate);
       bool open = false;
       for (int b = 0; b < kBatch; ++b) {
-        gate[b] = Activate(p.activation, gate[b]);
+        gate[b] = Activate(p.activation, gate[b] - p.shift);
         open = open || gate[b] != 0;  // NaN too
       }
       if (!open) continue;
@@ -237,11 +237,12 @@ void Block(const SparseMlpProblem& p, const int64_t* neurons, int64_t count, con
     bool any = false;
     for (int b = 0; b < kBatch; ++b) {
       if (p.up_bias != nullptr) z[b] += p.up_bias[j];
-      h[lives][b] = p.gated ? gate[b] * z[b] : Activate(p.activation, z[b]);
+      h[lives][b] = p.gated ? gate[b] * z[b] : Activate(p.activation, z[b] - p.shift);
       any = any || h[lives][b] != 0;
     }
     live[lives] = j;
     lives += any;
+    if (any) p.used[j] = 1;
   }
   for (int64_t n = 0; n < lives;) {
     const bool whole = n + kTogether <= lives;

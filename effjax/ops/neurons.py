@@ -65,7 +65,9 @@ def take_rows(rows: Any, neurons: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Neurons:
-    """`y = down.T @ act(up @ x + up_bias) + down_bias`, or with a gate `down.T @ (act(gate @ x) * (up @ x + up_bias))`.
+    """`y = down.T @ h + down_bias`, where `h = act(up @ x + up_bias - shift)`.
+
+    With a gate `h = act(gate @ x - shift) * (up @ x + up_bias)`.
 
     Attributes:
         up: `[neurons, in]`: float32, bfloat16 or codes; the transposed kernel.
@@ -74,6 +76,7 @@ class Neurons:
         up_bias: `float32[neurons]`, or None.
         down_bias: `float32[out]`, or None.
         activation: "relu", "silu", or "gelu" (with tanh, as `jax.nn.gelu`).
+        shift: of the activation; a ReLU lets through what exceeds it.
     """
 
     up: Rows
@@ -82,6 +85,7 @@ class Neurons:
     up_bias: Float[Array, " neurons"] | None = None
     down_bias: Float[Array, " out"] | None = None
     activation: Activation = dataclasses.field(default="relu", metadata={"static": True})
+    shift: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
     def count(self) -> int:
@@ -106,13 +110,14 @@ def make_neurons(
     up_bias: Float[Array, " neurons"] | None = None,
     down_bias: Float[Array, " out"] | None = None,
     activation: Activation = "relu",
+    shift: float = 0.0,
 ) -> Neurons:
     """Lays the kernels of an MLP out by neuron, once; a quantized kernel keeps its very codes.
 
     Args:
         up, gate: kernels `[in, neurons]`, dense or `Quantized` with 4 or 8 bits.
         down: `[neurons, out]`.
-        up_bias, down_bias, activation: of `Neurons`.
+        up_bias, down_bias, activation, shift: of `Neurons`.
 
     Raises:
         LeafError: a stack of layers (map over it), kernels that do not fit together or are of different kinds, a type
@@ -137,7 +142,7 @@ def make_neurons(
             f"make_neurons: kernels of different kinds ({', '.join(sorted(map(str, kinds)))}): make them alike"
         )
     biases = [None if b is None else jnp.asarray(b, jnp.float32) for b in (up_bias, down_bias)]
-    return Neurons(**rows, up_bias=biases[0], down_bias=biases[1], activation=activation)
+    return Neurons(**rows, up_bias=biases[0], down_bias=biases[1], activation=activation, shift=shift)
 
 
 def _rows(name: str, kernel: Any, *, transpose: bool) -> Any:

@@ -30,7 +30,7 @@ def sparse_mlp(
     block: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch out"]:
-    """The output of an MLP whose other neurons are zero: `down[S].T @ act(up[S] @ x + up_bias[S]) + down_bias`.
+    """The output of an MLP whose other neurons are zero: `down[S].T @ h[S] + down_bias`, see `Neurons`.
 
     All rows of `x` share the neurons: choose the union of what each needs (`choose_neurons`). Differentiable in `x` and
     in floating weights.
@@ -56,6 +56,26 @@ def sparse_mlp(
         >>> sparse_mlp(jnp.array([5.0, 6.0, 7.0, 8.0]), neurons, jnp.array([1, 3])).tolist()
         [0.0, 6.0, 0.0, 8.0]
     """
+    return sparse_mlp_used(x, neurons, chosen, count, block=block, implementation=implementation)[0]
+
+
+def sparse_mlp_used(
+    x: Float[Array, "*batch in"],
+    neurons: Neurons,
+    chosen: Int32[Array, " k"],
+    count: Int32[Array, ""] | int | None = None,
+    *,
+    block: int = 1,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "*batch out"], Bool[Array, " neurons"]]:
+    """`sparse_mlp`, and which of its neurons were not zero for some row of `x`.
+
+    Example:
+        >>> from effjax.ops.neurons import make_neurons
+        >>> neurons = make_neurons(jnp.eye(4), jnp.eye(4))
+        >>> sparse_mlp_used(jnp.array([5.0, -6.0, 7.0, 8.0]), neurons, jnp.array([0, 1, 2]))[1].tolist()
+        [True, False, True, False]
+    """
     if x.shape[-1] != neurons.up.shape[1] or chosen.ndim != 1 or neurons.count % block:
         raise ValueError(
             f"sparse_mlp: x {list(x.shape)}, {neurons.count} neurons of {neurons.up.shape[1]} inputs, chosen "
@@ -65,12 +85,13 @@ def sparse_mlp(
     count = jnp.int32(len(chosen)) if count is None else jnp.asarray(count, jnp.int32)
     leaves, treedef = jax.tree.flatten(neurons)
     flat = x.reshape(-1, x.shape[-1])
-    y: Any = _sparse_mlp(treedef, block, implementation, flat, chosen, count, *leaves)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    found: Any = _sparse_mlp(treedef, block, implementation, flat, chosen, count, *leaves)
+    y, used = found
+    return y.reshape(*x.shape[:-1], y.shape[-1]), used
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sparse_mlp(treedef: Any, block: int, implementation: str | None, *arrays: jax.Array) -> jax.Array:
+def _sparse_mlp(treedef: Any, block: int, implementation: str | None, *arrays: jax.Array) -> list[jax.Array]:
     if implementation is None:
         return _chosen(*arrays, treedef=treedef, block=block)
     if reason := why_not(implementation, arrays[0], treedef.unflatten(arrays[3:]), block):
@@ -78,19 +99,19 @@ def _sparse_mlp(treedef: Any, block: int, implementation: str | None, *arrays: j
     return _RUN[implementation](*arrays, treedef=treedef, block=block)
 
 
-def _forward(treedef: Any, block: int, implementation: str | None, *arrays: jax.Array) -> tuple[jax.Array, tuple]:
+def _forward(treedef: Any, block: int, implementation: str | None, *arrays: jax.Array) -> tuple[list, tuple]:
     return _sparse_mlp(treedef, block, implementation, *arrays), arrays
 
 
-def _backward(treedef: Any, block: int, implementation: str | None, arrays: tuple, g: jax.Array) -> tuple:
+def _backward(treedef: Any, block: int, implementation: str | None, arrays: tuple, g: list) -> tuple:
     floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in arrays]
 
     def reference(*given: jax.Array) -> jax.Array:
         rest = iter(given)
         whole = [next(rest) if f else a for f, a in zip(floating, arrays, strict=True)]
-        return _reference(*whole, treedef=treedef, block=block)
+        return _reference(*whole, treedef=treedef, block=block)[0]
 
-    found = iter(jax.vjp(reference, *(a for f, a in zip(floating, arrays, strict=True) if f))[1](g))
+    found = iter(jax.vjp(reference, *(a for f, a in zip(floating, arrays, strict=True) if f))[1](g[0]))
     return tuple(next(found) if f else None for f in floating)
 
 
@@ -109,8 +130,12 @@ def _activations(x: jax.Array, neurons: Neurons, rows: jax.Array) -> jax.Array:
     z = _products(take_rows(neurons.up, rows), x)
     if neurons.up_bias is not None:
         z = z + neurons.up_bias[rows]
+    return _activated(z, None if neurons.gate is None else _products(take_rows(neurons.gate, rows), x), neurons)
+
+
+def _activated(z: jax.Array, gate: jax.Array | None, neurons: Neurons) -> jax.Array:
     act = ACTIVATIONS[neurons.activation]
-    return act(z) if neurons.gate is None else act(_products(take_rows(neurons.gate, rows), x)) * z
+    return act(z - neurons.shift) if gate is None else act(gate - neurons.shift) * z
 
 
 def _products(rows: jax.Array, x: jax.Array) -> jax.Array:
@@ -128,14 +153,16 @@ def _reference(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.A
     neurons: Neurons = treedef.unflatten(leaves)
     rows, counts = each_neuron(chosen, count, neurons.count, block)
     h = jnp.where(counts, _activations(x, neurons, rows), 0.0)
-    return _finish(h, take_rows(neurons.down, rows), neurons)
+    used = jnp.zeros(neurons.count, bool).at[rows].max((h != 0).any(0))
+    return [_finish(h, take_rows(neurons.down, rows), neurons), used]
 
 
 def _dense(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Array, treedef: Any, block: int) -> Any:
     neurons: Neurons = treedef.unflatten(leaves)
     rows, counts = each_neuron(chosen, count, neurons.count, block)
     mask = jnp.zeros(neurons.count).at[rows].add(counts.astype(jnp.float32))
-    return mlp(x, neurons, mask=mask)
+    h = _all_activations(x, neurons) * mask
+    return [_finish(h, _whole(neurons.down), neurons), (h != 0).any(0)]
 
 
 def mlp(
@@ -148,27 +175,34 @@ def mlp(
         >>> mlp(jnp.array([5.0, -6.0]), make_neurons(jnp.eye(2), jnp.eye(2))).tolist()
         [5.0, 0.0]
     """
+    h = _all_activations(x, neurons)
+    return _finish(h if mask is None else h * mask, _whole(neurons.down), neurons)
 
-    def whole(rows: Any) -> jax.Array:
-        return rows.take(jnp.arange(rows.shape[0])) if isinstance(rows, CodedRows) else rows.astype(jnp.float32)
 
-    z = _products(whole(neurons.up), x)
+def _all_activations(x: jax.Array, neurons: Neurons) -> jax.Array:
+    z = _products(_whole(neurons.up), x)
     if neurons.up_bias is not None:
         z = z + neurons.up_bias
-    act = ACTIVATIONS[neurons.activation]
-    h = act(z) if neurons.gate is None else act(_products(whole(neurons.gate), x)) * z
-    return _finish(h if mask is None else h * mask, whole(neurons.down), neurons)
+    return _activated(z, None if neurons.gate is None else _products(_whole(neurons.gate), x), neurons)
+
+
+def _whole(rows: Any) -> jax.Array:
+    return rows.take(jnp.arange(rows.shape[0])) if isinstance(rows, CodedRows) else rows.astype(jnp.float32)
 
 
 def _native(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Array, treedef: Any, block: int) -> Any:
     neurons: Neurons = treedef.unflatten(leaves)
     if block > 1:
         chosen = (chosen[:, None] * block + jnp.arange(block, dtype=chosen.dtype)).ravel()
-    return native.sparse_mlp(x, neurons, chosen, count * block)
+    y, used = native.sparse_mlp(x, neurons, chosen, count * block)
+    return [y, used.astype(bool)]
 
 
 def _pallas(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Array, treedef: Any, block: int) -> Any:
-    return tpu.sparse_mlp(x, treedef.unflatten(leaves), chosen, count, block=block)
+    neurons: Neurons = treedef.unflatten(leaves)
+    # The kernel does not tell; a program that does not ask leaves the second computation out.
+    used = _reference(x, chosen, count, *leaves, treedef=treedef, block=block)[1]
+    return [tpu.sparse_mlp(x, neurons, chosen, count, block=block), used]
 
 
 _RUN = {"reference": _reference, "dense": _dense, "cpu": _native, "tpu": _pallas}
@@ -240,10 +274,10 @@ def _partitioned(
 
 _chosen = platform_operation(
     "sparse_mlp",
-    lambda x, chosen, count, *leaves, treedef, block: (
-        (x.shape[0], treedef.unflatten(leaves).down.shape[1]),
-        jnp.dtype(jnp.float32),
-    ),
+    lambda x, chosen, count, *leaves, treedef, block: [
+        ((x.shape[0], treedef.unflatten(leaves).down.shape[1]), jnp.dtype(jnp.float32)),
+        ((treedef.unflatten(leaves).count,), jnp.dtype(bool)),
+    ],
     default=_partitioned,
     one_device={platform: _for(platform) for platform in PLATFORMS},
     static_argnames=_STATIC,

@@ -88,7 +88,7 @@ def sparse_mlp(
     count = valid.sum(dtype=jnp.int32).reshape(1)
     biases = jnp.zeros(total) if neurons.up_bias is None else neurons.up_bias
     gated = neurons.gate is not None
-    act = ACTIVATIONS[neurons.activation]
+    act, shift = ACTIVATIONS[neurons.activation], neurons.shift
 
     def at(i: Any, chosen_ref: Any, count_ref: Any) -> Any:
         return chosen_ref[jnp.minimum(i, jnp.maximum(count_ref[0] - 1, 0))]
@@ -104,7 +104,7 @@ def sparse_mlp(
         @pl.when(i < count_ref[0])
         def _() -> None:
             z = dot(x_ref[...], matrices[0][...], 1) + bias_ref[0]
-            h = act(dot(x_ref[...], matrices[1][...], 1)) * z if gated else act(z)
+            h = act(dot(x_ref[...], matrices[1][...], 1) - shift) * z if gated else act(z - shift)
             y_ref[...] += dot(h.astype(dtype), matrices[-1][...], 0)
 
     def matrix(width: int) -> pl.BlockSpec:

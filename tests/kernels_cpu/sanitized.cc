@@ -645,20 +645,22 @@ void RunSparseMlp(const char* name, const effjax::SparseMlpKernel* kernel) {
     for (int64_t j = 0; j < p.neurons; ++j) bias[j] = Normal();
     Exact<int32_t> chosen(p.count);
     for (int64_t k = 0; k < p.count; ++k) chosen[k] = static_cast<int32_t>(Draw(-1, p.neurons));
+    Exact<uint8_t> used(p.neurons);
     p.x = x.get(), p.chosen = chosen.get(), p.up_bias = Draw(0, 1) ? bias.get() : nullptr;
+    p.used = used.get(), p.shift = Draw(0, 1) ? 0.25f : 0.0f;
     kernel->neurons(p, 0, p.count, sums.get());
     for (int64_t b = 0; b < p.batch; ++b) {
       std::vector<double> want(static_cast<size_t>(p.out)), size(static_cast<size_t>(p.out));
       for (int64_t k = 0; k < p.count; ++k) {
         const int64_t j = chosen[k];
         if (j < 0 || j >= p.neurons) continue;
-        double z = p.up_bias ? bias[j] : 0, g = 0, most = 1;
+        double z = p.up_bias ? bias[j] : 0, g = -p.shift, most = 1;
         for (int64_t n = 0; n < p.in; ++n) {
           z += x[b * p.padded_in + n] * up.dense[static_cast<size_t>(j * p.in + n)];
           g += x[b * p.padded_in + n] * gate.dense[static_cast<size_t>(j * p.in + n)];
           most += std::abs(x[b * p.padded_in + n] * up.dense[static_cast<size_t>(j * p.in + n)]);
         }
-        const double h = p.gated ? std::max(g, 0.0) * z : std::max(z, 0.0);
+        const double h = p.gated ? std::max(g, 0.0) * z : std::max(z - p.shift, 0.0);
         for (int64_t o = 0; o < p.out; ++o) {
           const double w = down.dense[static_cast<size_t>(j * p.out + o)];
           want[static_cast<size_t>(o)] += h * w;

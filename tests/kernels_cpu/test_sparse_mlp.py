@@ -61,8 +61,9 @@ def test_matches_numpy(shape, kind):
         bias, last = rng.normal(size=neurons).astype(np.float32), rng.normal(size=out).astype(np.float32)
         x = rng.normal(size=(batch, n)).astype(np.float32) / n
         chosen = rng.permutation(neurons)[:k].astype(np.int32)
+        shift = 0.01 * gated
         z = x.astype(np.float64) @ up_dense.T + bias
-        h = np.maximum(x @ gate_dense.T, 0) * z if gated else np.maximum(z, 0)
+        h = np.maximum(x @ gate_dense.T - shift, 0) * z if gated else np.maximum(z, 0)
         want = h[:, chosen] @ down_dense[chosen].astype(np.float64) + last
         scale = np.abs(h[:, chosen]) @ np.abs(down_dense[chosen]) + 1
         weights = Neurons(
@@ -71,17 +72,20 @@ def test_matches_numpy(shape, kind):
             gate=gate if gated else None,
             up_bias=jnp.asarray(bias),
             down_bias=jnp.asarray(last),
+            shift=shift,
         )
+        live = np.isin(np.arange(neurons), chosen) & (h != 0).any(0)
         for variant in RUNNABLE:
-            got = sparse_mlp.sparse_mlp(jnp.asarray(x), weights, jnp.asarray(chosen), jnp.int32(k), variant)
+            got, used = sparse_mlp.sparse_mlp(jnp.asarray(x), weights, jnp.asarray(chosen), jnp.int32(k), variant)
             assert got.shape == want.shape
+            np.testing.assert_array_equal(np.asarray(used), live)
             np.testing.assert_array_less(np.abs(got - want), 1e-4 * scale)
 
 
 def test_undefined_numbers_come_through():
     weights = Neurons(up=jnp.eye(2), down=jnp.eye(2))
     for variant in RUNNABLE:
-        got = sparse_mlp.sparse_mlp(jnp.array([[jnp.nan, 2.0]]), weights, jnp.array([0, 1]), jnp.int32(2), variant)
+        got, _ = sparse_mlp.sparse_mlp(jnp.array([[jnp.nan, 2.0]]), weights, jnp.array([0, 1]), jnp.int32(2), variant)
         assert np.isnan(got[0, 0])
 
 
@@ -105,14 +109,16 @@ def test_what_is_refused():
 
 
 def test_the_handlers_themselves_refuse_wrong_shapes():
-    call = jax.ffi.ffi_call(_native.NATIVE.target("EffjaxSparseMlp"), jax.ShapeDtypeStruct((1, 5), jnp.float32))
+    target = _native.NATIVE.target("EffjaxSparseMlp")
+    results = [jax.ShapeDtypeStruct((1, 5), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.uint8)]
+    call = jax.ffi.ffi_call(target, results)
     empty, static = (
         jnp.zeros((0, 0)),
-        dict.fromkeys(("type", "activation", "gated", "by_neuron", "variant"), np.int64(0)),
+        dict.fromkeys(("type", "activation", "gated", "by_neuron", "variant"), np.int64(0)) | {"shift": np.float32(0)},
     )
     x, chosen, count = jnp.ones((1, 3)), jnp.zeros(2, jnp.int32), jnp.int32(2)
     right = [x, chosen, count, jnp.ones((4, 3)), *[empty] * 5, jnp.ones((4, 5)), empty, empty, jnp.ones(4), jnp.ones(5)]
-    assert call(*right, **static).shape == (1, 5)
+    assert call(*right, **static)[0].shape == (1, 5)
     for i in (0, 3, 9, 12, 13):
         wrong = right[:i] + [right[i][..., :-1]] + right[i + 1 :]
         with pytest.raises(jax.errors.JaxRuntimeError, match="sparse_mlp"):
@@ -120,6 +126,9 @@ def test_the_handlers_themselves_refuse_wrong_shapes():
     for name in ("type", "activation", "variant"):
         with pytest.raises(jax.errors.JaxRuntimeError, match="sparse_mlp"):
             jax.block_until_ready(call(*right, **static | {name: np.int64(9)}))
+    short = jax.ffi.ffi_call(target, [results[0], jax.ShapeDtypeStruct((3,), jnp.uint8)])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="used has not a byte for every neuron"):
+        jax.block_until_ready(short(*right, **static))
     results = [jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)]
     choose = jax.ffi.ffi_call(_native.NATIVE.target("EffjaxChooseNeurons"), results)
     for k, message in ((2, "no room for the union"), (0, "k=0 of 3")):

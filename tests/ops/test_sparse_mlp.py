@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import effjax as ej
 from effjax.errors import LeafError
 from effjax.ops.neurons import make_neurons
-from effjax.ops.sparse_mlp import choose, choose_neurons, estimates, mlp, sparse_mlp, top_mask
+from effjax.ops.sparse_mlp import choose, choose_neurons, estimates, mlp, sparse_mlp, sparse_mlp_used, top_mask
 
 ACT = {
     "relu": lambda z: max(z, 0.0),
@@ -33,21 +33,23 @@ def kernels(d=9, neurons=24, out=7, seed=0):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def oracle(x, k, chosen, activation, gated, biased):
-    """Neuron by neuron, in float64."""
+def oracle(x, k, chosen, activation, gated, biased, shift=0.0):
+    """Neuron by neuron, in float64; also which of them are not zero."""
+    used = set()
     y = np.zeros((len(x), k["down"].shape[1]))
     for b, row in enumerate(np.asarray(x, np.float64)):
         for j in chosen:
             if not 0 <= j < k["up"].shape[1]:
                 continue
             z = row @ k["up"][:, j] + (k["up_bias"][j] if biased else 0)
-            h = ACT[activation](row @ k["gate"][:, j]) * z if gated else ACT[activation](z)
+            h = ACT[activation](row @ k["gate"][:, j] - shift) * z if gated else ACT[activation](z - shift)
             y[b] += h * k["down"][j]
+            used |= {j} if h else set()
         y[b] += k["down_bias"] if biased else 0
-    return y
+    return y, used
 
 
-def made(k, activation, gated, biased):
+def made(k, activation, gated, biased, shift=0.0):
     return make_neurons(
         jnp.asarray(k["up"]),
         jnp.asarray(k["down"]),
@@ -55,25 +57,32 @@ def made(k, activation, gated, biased):
         up_bias=jnp.asarray(k["up_bias"]) if biased else None,
         down_bias=jnp.asarray(k["down_bias"]) if biased else None,
         activation=activation,
+        shift=shift,
     )
 
 
 @pytest.mark.parametrize("implementation", [None, "reference", "dense", "cpu"])
 @pytest.mark.parametrize(
-    ("activation", "gated", "biased", "batch"),
-    [("relu", False, True, 1), ("silu", True, False, 3), ("gelu", False, False, 6), ("relu", True, True, 2)],
+    ("activation", "gated", "biased", "batch", "shift"),
+    [
+        ("relu", False, True, 1, 0.0),
+        ("silu", True, False, 3, 0.0),
+        ("gelu", False, False, 6, 0.5),
+        ("relu", True, True, 2, 0.5),
+        ("relu", False, False, 1, 1.0),
+    ],
 )
-def test_is_its_definition(implementation, activation, gated, biased, batch):
+def test_is_its_definition(implementation, activation, gated, biased, batch, shift):
     k = kernels()
     x = np.random.default_rng(1).normal(size=(batch, 9)).astype(np.float32)
-    neurons = made(k, activation, gated, biased)
-    run = jax.jit(functools.partial(sparse_mlp, implementation=implementation))
+    neurons = made(k, activation, gated, biased, shift)
+    run = jax.jit(functools.partial(sparse_mlp_used, implementation=implementation))
     for chosen, count in (([3, 9, 9, 9], 1), ([0, 23, 5, 11], 4), ([7, 2, 9, 1], 2), ([-1, 24, 4, 6], 4), ([4] * 4, 0)):
-        want = oracle(x, k, chosen[:count], activation, gated, biased)
-        got = run(jnp.asarray(x), neurons, jnp.asarray(chosen, jnp.int32), count)
-        assert got.dtype == jnp.float32
+        want, live = oracle(x, k, chosen[:count], activation, gated, biased, shift)
+        got, used = run(jnp.asarray(x), neurons, jnp.asarray(chosen, jnp.int32), count)
+        assert got.dtype == jnp.float32 and set(np.flatnonzero(used)) == live
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    want = oracle(x, k, range(24), activation, gated, biased)
+    want, _ = oracle(x, k, range(24), activation, gated, biased, shift)
     np.testing.assert_allclose(mlp(jnp.asarray(x), neurons), want, rtol=1e-4, atol=1e-4)
 
 
@@ -81,7 +90,7 @@ def test_blocks_are_runs_of_neurons():
     k = kernels()
     x = np.random.default_rng(1).normal(size=(2, 9)).astype(np.float32)
     neurons = made(k, "relu", False, True)
-    want = oracle(x, k, [8, 9, 10, 11, 0, 1, 2, 3], "relu", False, True)
+    want, _ = oracle(x, k, [8, 9, 10, 11, 0, 1, 2, 3], "relu", False, True)
     for implementation in ("reference", "dense", "cpu"):
         got = sparse_mlp(jnp.asarray(x), neurons, jnp.array([2, 0, 1, 6]), 2, block=4, implementation=implementation)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -117,7 +126,7 @@ def test_quantized_kernels_keep_their_codes(bits, group, symmetric):
     assert neurons.bytes_per_neuron >= codes and neurons.up.codes.size == 64 * 32 * bits // 8
     x = np.random.default_rng(1).normal(size=(2, 64)).astype(np.float32)
     chosen = [31, 0, 7, 12]
-    want = oracle(x, dense, chosen, "silu", True, False)
+    want, _ = oracle(x, dense, chosen, "silu", True, False)
     for implementation in (None, "reference", "dense", "cpu"):
         got = jax.jit(functools.partial(sparse_mlp, implementation=implementation))(
             jnp.asarray(x), neurons, jnp.asarray(chosen)
