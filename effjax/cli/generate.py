@@ -9,6 +9,7 @@ from effjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from effjax.models.compiled_generate import GenerationStats
+    from effjax.models.hf import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,40 +43,37 @@ class Generate:
     file that `effjax calibrate-kv` wrote."""
     prefill_chunk: OptionalInt = None
     """Prompt tokens that run at once, with --kv, which evicts behind each chunk. Without it the prompt is one chunk."""
+    draft: OptionalName = None
+    """A smaller or more compressed model with the same tokenizer: it writes ahead, and the model checks."""
+    draft_tokens: int = 4
+    """That --draft writes before each check."""
     stats: bool = False
     """Prints tokens a second, the time to the first token, the bytes of weights and cache a token, and what --kv and
     --kv-code left of the cache (on stderr)."""
     calibrating: CalibratingKV = dataclasses.field(default_factory=CalibratingKV)
 
     def run(self) -> int:
-        import jax
-
         from effjax.cli.kv import coders, eviction_method
-        from effjax.compress import float32_apply, runnable_params
         from effjax.models.compiled_generate import generate_text_measured
         from effjax.models.generate import generate_text
-        from effjax.prepare import can_prepare, prepare
 
         if self.batch < 1:
             raise ConfigError(f"--batch {self.batch}: at least one continuation")
+        if self.draft is not None:
+            return self._speculate(self.draft)
         model = open_model(self.model).model
         learned = None if self.kv_code is None else coders(self.kv_code, model, self.calibrating)
-        apply = float32_apply(model)
-        params = model.params if self.packed else runnable_params(model.params)
-        if jax.default_backend() == "cpu" and can_prepare(params):
-            params = prepare(params)
+        model, apply = runnable(model, packed=self.packed)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
             "apply": apply,
-            "params": params,
             "kv": None if self.kv is None else eviction_method(self.kv, self.kv_budget),
             "prefill_chunk": self.prefill_chunk,
             "coders": learned,
         }
-        model = dataclasses.replace(model, config=apply.decoder.config)
         prompts = [self.prompt] * self.batch
         if self.stats:
             texts, stats = generate_text_measured(model, prompts, **options)
@@ -86,6 +84,46 @@ class Generate:
         if stats is not None:
             say(describe(stats))
         return 0
+
+    def _speculate(self, name: str) -> int:
+        from effjax.models.speculative import generate_text_speculative
+
+        if self.kv is not None or self.kv_code is not None:
+            raise ConfigError("--draft: tokens cannot be taken back from an evicted or coded cache; leave --kv out")
+        model, apply = runnable(open_model(self.model).model, packed=self.packed)
+        draft, draft_apply = runnable(open_model(name).model, packed=self.packed)
+        texts, found = generate_text_speculative(
+            model,
+            draft,
+            [self.prompt] * self.batch,
+            draft_tokens=self.draft_tokens,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            apply=apply,
+            draft_apply=draft_apply,
+        )
+        for text in texts:
+            print(self.prompt + text)
+        if self.stats:
+            tokens, passes = int(found.counts.sum()), int(found.passes.sum())
+            say(f"speculation: {tokens:,} tokens in {passes:,} passes of the model ({tokens / passes:.2f} a pass)")
+        return 0
+
+
+def runnable(model: "LoadedModel", *, packed: bool) -> tuple["LoadedModel", Any]:
+    """A model as this platform runs it fastest, and its `apply`."""
+    import jax
+
+    from effjax.compress import float32_apply, runnable_params
+    from effjax.prepare import can_prepare, prepare
+
+    apply = float32_apply(model)
+    params = model.params if packed else runnable_params(model.params)
+    if jax.default_backend() == "cpu" and can_prepare(params):
+        params = prepare(params)
+    return dataclasses.replace(model, config=apply.decoder.config, params=params), apply
 
 
 def describe(stats: "GenerationStats") -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -157,11 +158,11 @@ def drawing(batch: int, *, temperature: float, top_p: float, key: Array | None) 
     return Draw(keys=keys, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p) if top_p < 1 else None)
 
 
-def _is_stop(token: Array, stop_tokens: tuple[int, ...]) -> Array:
+def is_stop(token: Array, stop_tokens: tuple[int, ...]) -> Array:
     return jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(token.shape, jnp.bool_)
 
 
-def _prefill(
+def prefill(
     params: PyTree,
     cache: KVCache,
     prompt_tokens: Array,
@@ -184,7 +185,7 @@ def _prefill(
     return State(
         step=jnp.int32(1),
         token=token,
-        done=_is_stop(token, stop_tokens),
+        done=is_stop(token, stop_tokens),
         written=written,
         counts=jnp.ones((batch,), jnp.int32),
         cache=cache,
@@ -202,24 +203,32 @@ def _decode(
 ) -> State:
     """All further tokens: one loop on the device, whose state stays in place."""
 
-    def proceed(state: State) -> Array:
-        return (state.step < state.written.shape[1]) & ~jnp.all(state.done)
+    def step(state: State) -> State:
+        if plan is not None:
+            state = state._replace(cache=make_room(state.cache, plan.method, plan.length))
+        return advance(state, draw, stop_tokens, partial(apply, {"params": params}))
 
-    def advance(state: State) -> State:
-        going = (~state.done).astype(jnp.int32)
-        cache = state.cache if plan is None else make_room(state.cache, plan.method, plan.length)
-        logits, cache = apply({"params": params}, state.token[:, None], cache=cache, lengths=going)
-        token = draw.choose(logits[:, 0], state.step) * going
-        return State(
-            step=state.step + 1,
-            token=token,
-            done=state.done | _is_stop(token, stop_tokens),
-            written=jax.lax.dynamic_update_slice(state.written, token[:, None], (jnp.int32(0), state.step)),
-            counts=state.counts + going,
-            cache=cache,
-        )
+    return jax.lax.while_loop(unfinished, step, state)
 
-    return jax.lax.while_loop(proceed, advance, state)
+
+def unfinished(state: State) -> Array:
+    """Whether some row has tokens to write."""
+    return (state.step < state.written.shape[1]) & ~jnp.all(state.done)
+
+
+def advance(state: State, draw: Draw, stop_tokens: tuple[int, ...], run: Callable[..., Any]) -> State:
+    """A step of decoding; `run(tokens, cache=, lengths=)` gives the logits of the last tokens, and the cache."""
+    going = (~state.done).astype(jnp.int32)
+    logits, cache = run(state.token[:, None], cache=state.cache, lengths=going)
+    token = draw.choose(logits[:, 0], state.step) * going
+    return State(
+        step=state.step + 1,
+        token=token,
+        done=state.done | is_stop(token, stop_tokens),
+        written=jax.lax.dynamic_update_slice(state.written, token[:, None], (jnp.int32(0), state.step)),
+        counts=state.counts + going,
+        cache=cache,
+    )
 
 
 def _cut_to_budget(state: State, *, plan: EvictionPlan) -> State:
@@ -233,8 +242,8 @@ def _cut_to_budget(state: State, *, plan: EvictionPlan) -> State:
 
 _DECODE_STATIC = ("apply", "stop_tokens", "plan")
 _PREFILL_STATIC = (*_DECODE_STATIC, "max_new_tokens")
-_prefill_kept = jax.jit(_prefill, static_argnames=_PREFILL_STATIC)
-prefill_donated = jax.jit(_prefill, static_argnames=_PREFILL_STATIC, donate_argnames="cache")
+_prefill_kept = jax.jit(prefill, static_argnames=_PREFILL_STATIC)
+prefill_donated = jax.jit(prefill, static_argnames=_PREFILL_STATIC, donate_argnames="cache")
 cut_to_budget = jax.jit(_cut_to_budget, static_argnames="plan")
 decode_donated = jax.jit(_decode, static_argnames=_DECODE_STATIC, donate_argnames="state")
 

@@ -72,6 +72,20 @@ def test_batch(effjax: Callable[[str], Ran], work: Path) -> None:
     assert "--batch 0: at least one continuation" in effjax(f"generate tiny {drawn} --batch 0").err
 
 
+def test_drafts(effjax: Callable[[str], Ran], small: str) -> None:
+    """A draft changes no greedy token, and says how many passes it saved."""
+    plain = effjax(f"generate tiny {OPTIONS}")
+    for draft, most in (("tiny", 3), (small, 8)):
+        ran = effjax(f"generate tiny {OPTIONS} --draft {draft} --draft-tokens 3 --stats")
+        assert ran.code == 0 and ran.out == plain.out, ran.err
+        found = re.fullmatch(r"speculation: (\d+) tokens in (\d+) passes of the model \(([\d.]+) a pass\)\n", ran.err)
+        assert found and int(found[2]) <= most and abs(int(found[1]) / int(found[2]) - float(found[3])) < 0.01
+    refused = effjax(f"generate tiny {OPTIONS} --draft tiny --kv h2o")
+    assert refused.code != 0 and "--draft: tokens cannot be taken back from an evicted or coded cache" in refused.err
+    refused = effjax(f"generate tiny {OPTIONS} --draft tiny --draft-tokens 0")
+    assert refused.code != 0 and "draft_tokens must be a whole number, at least 1: 0" in refused.err
+
+
 def _leaves(directory: str) -> list:
     return jax.tree.leaves(load_checkpoint(directory).params, is_leaf=is_compressed)
 
