@@ -137,8 +137,8 @@ def probabilities(
     """Of the tokens that `effjax.models.generate.choose_token` draws.
 
     Example:
-        >>> probabilities(jnp.log(jnp.array([0.6, 0.3, 0.1])), 1.0, 0.7).round(2).tolist()
-        [0.67, 0.33, 0.0]
+        >>> probabilities(jnp.log(jnp.array([0.5, 0.25, 0.25])), 1.0, 0.5).tolist()
+        [1.0, 0.0, 0.0]
     """
     probs = jax.nn.softmax(logits / temperature, axis=-1)
     if top_p is None:
