@@ -25,6 +25,8 @@ HANDLERS = (
     "EffjaxSparseMlp",
     "EffjaxChooseNeurons",
 )
+# Functions that are called directly, without XLA.
+FUNCTIONS = ("EffjaxPoolNew", "EffjaxPoolDelete", "EffjaxReadRows", "EffjaxBundleMlp")
 
 
 class NativeKernelWarning(UserWarning):
@@ -103,8 +105,8 @@ class NativeLibrary:
             library = ctypes.CDLL(str(path))
             library.EffjaxCpuFeatures.restype = ctypes.c_char_p
             library.EffjaxFfiApiVersion.restype = ctypes.c_int32
-            for name in HANDLERS:
-                getattr(library, name)  # a library older than its Python side lacks a handler
+            for name in (*HANDLERS, *FUNCTIONS):
+                getattr(library, name)  # a library older than its Python side lacks one
         except (OSError, AttributeError) as error:
             return None, f"the native library cannot be loaded ({error}); install effjax again to rebuild it"
         mismatch = _version_mismatch(divmod(library.EffjaxFfiApiVersion(), 65536), _running_ffi_version())

@@ -1,7 +1,7 @@
 // What the kernel of `sparse_mlp` computes, and the table of its variants.
 //
 // y[b] = sum over chosen neurons j of act(up[j] . x[b] + up_bias[j] - shift) * down[j]; with a gate
-// act(gate[j] . x[b] - shift) * (up[j] . x[b] + up_bias[j]) takes the place of the first factor.
+// act(gate[j] . x[b] + gate_bias[j] - shift) * (up[j] . x[b] + up_bias[j]) takes the place of the first factor.
 //
 // A row of each matrix belongs to one neuron, so that only chosen ones are read.
 #pragma once
@@ -34,9 +34,10 @@ struct SparseMlpProblem {
   bool gated;
   const int32_t* chosen;  // [count]; what is outside [0, neurons) is passed over
   NeuronRows up, gate, down;
-  const float* up_bias;  // or null
-  const float* x;        // [batch, padded_in], zeros behind the inputs
-  uint8_t* used;         // [neurons], zeros: becomes 1 where a neuron is not zero for some input
+  const float* up_bias;    // or null
+  const float* gate_bias;  // or null
+  const float* x;          // [batch, padded_in], zeros behind the inputs
+  uint8_t* used;           // [neurons], zeros: becomes 1 where a neuron is not zero for some input; or null
 };
 
 struct SparseMlpKernel {

@@ -228,6 +228,7 @@ void Block(const SparseMlpProblem& p, const int64_t* neurons, int64_t count, con
       Dot<kType, kBatch>(p.gate, j, next, x, p.padded_in, gate);
       bool open = false;
       for (int b = 0; b < kBatch; ++b) {
+        if (p.gate_bias != nullptr) gate[b] += p.gate_bias[j];
         gate[b] = Activate(p.activation, gate[b] - p.shift);
         open = open || gate[b] != 0;  // NaN too
       }
@@ -242,7 +243,7 @@ void Block(const SparseMlpProblem& p, const int64_t* neurons, int64_t count, con
     }
     live[lives] = j;
     lives += any;
-    if (any) p.used[j] = 1;
+    if (any && p.used != nullptr) p.used[j] = 1;
   }
   for (int64_t n = 0; n < lives;) {
     const bool whole = n + kTogether <= lives;

@@ -27,7 +27,7 @@ def few_sources(tmp_path):
     """The source that answers questions, and names for the handlers, which loading only looks up: quick to build."""
     sources = tmp_path / "sources"
     sources.mkdir()
-    names = "".join(f"EFFJAX_EXPORT void {name}() {{}}\n" for name in _native.HANDLERS)
+    names = "".join(f"EFFJAX_EXPORT void {name}() {{}}\n" for name in (*_native.HANDLERS, *_native.FUNCTIONS))
     (sources / "handlers.cc").write_text(f'#include "cpu.h"\n{names}', encoding="utf-8")
     for name in ("cpu_features.cc", *(path.name for path in SOURCES.glob("*.h"))):
         shutil.copy(SOURCES / name, sources)
