@@ -4,6 +4,7 @@ Written for jax 0.10.2 to 0.12: `get_bind_params` returns one dict, subfunctions
 `ClosedJaxpr` are one class since 0.12, hence `open_jaxpr`.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -33,6 +34,12 @@ def equation_context(eqn: Any, here: Any) -> AbstractContextManager[Any]:
     both.enter_context(source)
     both.enter_context(eqn.ctx.manager)
     return both
+
+
+def source_line(eqn: Any) -> str:
+    """The file name and line that an equation was traced from, or an empty string."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    return "" if frame is None else f"{os.path.basename(frame.file_name)}:{frame.start_line}"
 
 
 def current_context() -> Any:
