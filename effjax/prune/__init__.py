@@ -4,6 +4,7 @@ from effjax.prune.api import apply_mask, pack_mask, prune_mask
 from effjax.prune.at_init import grasp, snip, synflow, synflow_scores
 from effjax.prune.groups import CoupledGroups, Group, coupled_groups
 from effjax.prune.highest import Highest
+from effjax.prune.layers import block_influence
 from effjax.prune.magnitude import Magnitude
 from effjax.prune.pattern import Pattern
 from effjax.prune.random import Random
@@ -28,6 +29,7 @@ __all__ = [
     "Structured",
     "Wanda",
     "apply_mask",
+    "block_influence",
     "coupled_groups",
     "cubic_sparsity",
     "erk_sparsities",

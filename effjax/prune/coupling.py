@@ -3,8 +3,8 @@
 Every entry of every axis of every parameter has a label, a number above 0. A traced array has *factors*: label arrays
 of as many dimensions, of size 1 where they say nothing; an entry of the array exists as long as the labels of all
 factors at its place are kept. The label 0 is kept always. A dimension in no factor may have any size, as that of a
-broadcast. Where arrays meet, labels at the same place become equal: that is an edge; the connected components of all edges are the
-sets that are cut together.
+broadcast. Where arrays meet, labels at the same place become equal: that is an edge; the connected components of all
+edges are the sets that are cut together.
 """
 
 import dataclasses

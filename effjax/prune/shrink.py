@@ -18,7 +18,7 @@ def shrink(params: PyTree, mask: PyTree, groups: CoupledGroups) -> PyTree:
     """Smaller parameters that compute what the masked ones do: same paths and dtypes, shorter axes.
 
     The function that they belong to must take its widths from the shapes, or be made anew for the smaller widths (a
-    Flax module is made with other features, see `ej.prune.shrink_decoder` for decoders).
+    Flax module is made with other features, see `effjax.prune.decoder` for decoders).
 
     Args:
         params: dense parameters, as `groups` were found for.

@@ -111,7 +111,8 @@ class Structured:
         sparsity: the share that goes, of the dense model.
         of: what it is a share of: "units" (channels or heads), "weights" (parameters) or "flops" (operations of all
             products, with whatever cannot be cut).
-        scope: "group" cuts the same share of every group, "global" the lowest scores wherever they are.
+        scope: "group" cuts the same share of every group, "global" the lowest scores wherever they are. With units,
+            every group loses `sparsity` of its own, rounded down; else all together meet the budget.
         normalize: divides scores by the mean of their group before they are compared with those of other groups.
         least: units that every group keeps.
         multiple: what a group keeps is rounded up to a multiple of this, such as 8 for channels.
@@ -145,7 +146,7 @@ def structured_mask(params: PyTree, groups: CoupledGroups, scores: Scores, metho
     """Masks that keep or drop whole units, those of the lowest scores.
 
     Units go one after the other until the budget is met, so that at most one more than needed is gone (of every group,
-    with `scope="group"`).
+    with `scope="group"`); see `Structured`.
 
     Args:
         params: dense parameters; only their shapes are used.
@@ -221,6 +222,8 @@ def _kept(groups: CoupledGroups, scores: Mapping[str, np.ndarray], method: Struc
             kept[name][unit] = False
         return {g.name: _rounded(g, kept[g.name], scores[g.name], method.multiple) for g in groups}
 
+    if method.of == "units" and method.scope == "group":
+        return keep(sum(share <= method.sparsity + 1e-9 for share, _, _ in order))
     low, high = 0, len(order)
     if _size(groups, keep(high), method.of) > allowed:
         most = 1 - _size(groups, keep(high), method.of) / whole
