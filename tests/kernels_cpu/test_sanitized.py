@@ -10,7 +10,7 @@ import kernels_cpu
 from kernels_cpu import _build
 
 SOURCES = pathlib.Path(kernels_cpu.__file__).parent
-HERE = pathlib.Path(__file__).parent
+DRIVERS = pathlib.Path(__file__).with_name("sanitized")
 FLAGS = ("-O1", "-g", "-std=c++17", "-w", "-pthread", "-fno-sanitize-recover=all", f"-I{SOURCES}")
 KERNELS = ("quant", "codebook", "nm", "nomad", "attention", "representer", "label_top_k", "sparse_mlp", "cpu")
 
@@ -42,7 +42,8 @@ def built_and_run(sources, sanitizers, tmp_path, macros=()):
 def test_every_variant_reads_and_writes_what_is_its_own(tmp_path):
     # The handlers need XLA around them; the kernels behind them do not.
     sources = [path for name in KERNELS for path in SOURCES.glob(f"{name}_*.cc") if not path.stem.endswith("_matmul")]
-    said = built_and_run((*sources, HERE / "sanitized.cc"), "address,undefined", tmp_path)
+    drivers = [path for path in DRIVERS.glob("*.cc") if path.stem != "rows"]
+    said = built_and_run((*sources, *drivers), "address,undefined", tmp_path)
     assert " cases, 0 numbers off" in said
     assert int(said.split()[0]) >= 80
 
@@ -53,6 +54,6 @@ def test_every_variant_reads_and_writes_what_is_its_own(tmp_path):
 )
 def test_rows_are_read_by_many_threads(tmp_path, monkeypatch, sanitizers, more, cases):
     monkeypatch.chdir(tmp_path)  # the program makes a file there
-    sources = (*(SOURCES / name for name in ("read_rows.cc", "cpu_features.cc", *more)), HERE / "sanitized_rows.cc")
+    sources = (*(SOURCES / name for name in ("read_rows.cc", "cpu_features.cc", *more)), DRIVERS / "rows.cc")
     said = built_and_run(sources, sanitizers, tmp_path, () if more else ("-DREADS_ALONE",))
     assert said == f"{cases} cases, 0 failures\n"

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bundle_mlp.h"
+#include "common.h"
 #include "read_rows.h"
 #include "sparse_mlp.h"
 
@@ -24,24 +25,14 @@ namespace {
 using effjax::ReadPiece;
 using effjax::ReadRequest;
 
-int failures = 0, cases = 0;
-
 void Check(bool holds, const char* what) {
   if (!holds && ++failures < 10) std::printf("%s\n", what);
 }
 
-template <typename T>
-struct Exact {  // so that one element further is not ours
-  explicit Exact(int64_t n) : data(new T[static_cast<size_t>(n)]()) {}
-  T* get() { return data.get(); }
-  T& operator[](int64_t i) { return data[static_cast<size_t>(i)]; }
-  std::unique_ptr<T[]> data;
-};
-
 struct File {
   explicit File(int64_t size) : content(static_cast<size_t>(size)) {
-    std::mt19937 generator(1);
-    for (uint8_t& byte : content) byte = static_cast<uint8_t>(generator());
+    std::mt19937 bytes(1);
+    for (uint8_t& byte : content) byte = static_cast<uint8_t>(bytes());
     char name[] = "rows_XXXXXX";
     fd = mkstemp(name);
     unlink(name);
