@@ -361,6 +361,23 @@ def all_entries(directory: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+# Of a layer's parts, ours and those of Hugging Face.
+_LLAMA = {
+    "attention_norm": "input_layernorm",
+    **{f"attention/{part}_{kind}": f"self_attn.{part}_{kind}" for kind in ("proj", "norm") for part in "qkvo"},
+    "mlp_norm": "post_attention_layernorm",
+    **{f"mlp/{part}_proj": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+_OPT = {
+    "attention_norm": "self_attn_layer_norm",
+    **{f"attention/{part}_proj": f"self_attn.{part}_proj" for part in "qkv"},
+    "attention/o_proj": "self_attn.out_proj",
+    "mlp_norm": "final_layer_norm",
+    "mlp/up_proj": "fc1",
+    "mlp/down_proj": "fc2",
+}
+
+
 def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
     """Hugging Face name to parameter, for everything that `config` promises."""
     c, expected = config, {}
@@ -379,41 +396,28 @@ def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
             add(f"{name}.bias", f"{path}/bias", c.hidden_size)
 
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    base, names = ("model.decoder", _OPT) if c.is_opt else ("model", _LLAMA)
     add(embedding_name(c), "embed/embedding", c.vocab_size, c.hidden_size)
     if c.is_opt:
         positions = c.max_position_embeddings + OPT_OFFSET
-        add("model.decoder.embed_positions.weight", "embed/positions", positions, c.hidden_size)
-        for i in range(c.num_hidden_layers):
-            name, path = f"model.decoder.layers.{i}", f"layers_{i}"
-            norm(f"{name}.self_attn_layer_norm", f"{path}/attention_norm")
-            for theirs, ours in (
-                ("q_proj", "q_proj"),
-                ("k_proj", "k_proj"),
-                ("v_proj", "v_proj"),
-                ("out_proj", "o_proj"),
-            ):
-                linear(f"{name}.self_attn.{theirs}", f"{path}/attention/{ours}", c.hidden_size, c.hidden_size, True)
-            norm(f"{name}.final_layer_norm", f"{path}/mlp_norm")
-            linear(f"{name}.fc1", f"{path}/mlp/up_proj", c.hidden_size, c.intermediate_size, True)
-            linear(f"{name}.fc2", f"{path}/mlp/down_proj", c.intermediate_size, c.hidden_size, True)
-        norm("model.decoder.final_layer_norm", "final_norm")
-        if not c.tie_word_embeddings:
-            add("lm_head.weight", "lm_head/kernel", c.vocab_size, c.hidden_size, transposed=True)
-        return expected
+        add(f"{base}.embed_positions.weight", "embed/positions", positions, c.hidden_size)
     for i in range(c.num_hidden_layers):
-        name, path = f"model.layers.{i}", f"layers_{i}"
-        add(f"{name}.input_layernorm.weight", f"{path}/attention_norm/scale", c.hidden_size)
+        name = {ours: f"{base}.layers.{i}.{theirs}" for ours, theirs in names.items()}
+        path = {ours: f"layers_{i}/{ours}" for ours in names}
+        norm(name["attention_norm"], path["attention_norm"])
         for part, outputs in (("q", queries), ("k", keys), ("v", keys)):
-            linear(f"{name}.self_attn.{part}_proj", f"{path}/attention/{part}_proj", c.hidden_size, outputs, c.qkv_bias)
-        linear(f"{name}.self_attn.o_proj", f"{path}/attention/o_proj", queries, c.hidden_size, c.o_bias)
+            ours = f"attention/{part}_proj"
+            linear(name[ours], path[ours], c.hidden_size, outputs, c.qkv_bias)
+        linear(name["attention/o_proj"], path["attention/o_proj"], queries, c.hidden_size, c.o_bias)
         if c.qk_norm:
             for part in ("q", "k"):
-                add(f"{name}.self_attn.{part}_norm.weight", f"{path}/attention/{part}_norm/scale", c.head_dim)
-        add(f"{name}.post_attention_layernorm.weight", f"{path}/mlp_norm/scale", c.hidden_size)
-        for part in ("gate", "up"):
-            linear(f"{name}.mlp.{part}_proj", f"{path}/mlp/{part}_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)
-        linear(f"{name}.mlp.down_proj", f"{path}/mlp/down_proj", c.intermediate_size, c.hidden_size, c.mlp_bias)
-    add("model.norm.weight", "final_norm/scale", c.hidden_size)
+                ours = f"attention/{part}_norm"
+                add(f"{name[ours]}.weight", f"{path[ours]}/scale", c.head_dim)
+        norm(name["mlp_norm"], path["mlp_norm"])
+        for ours in ("mlp/up_proj",) if c.is_opt else ("mlp/gate_proj", "mlp/up_proj"):
+            linear(name[ours], path[ours], c.hidden_size, c.intermediate_size, c.mlp_bias)
+        linear(name["mlp/down_proj"], path["mlp/down_proj"], c.intermediate_size, c.hidden_size, c.mlp_bias)
+    norm(f"{base}.final_layer_norm" if c.is_opt else f"{base}.norm", "final_norm")
     if not c.tie_word_embeddings:
         add("lm_head.weight", "lm_head/kernel", c.vocab_size, c.hidden_size, transposed=True)
     return expected
