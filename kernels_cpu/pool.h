@@ -1,6 +1,8 @@
 // Threads of our own, for work that waits: XLA's pool has as many as cores, and a read that waits would hold one of them.
 #pragma once
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -9,25 +11,32 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <thread>
+#include <new>
 #include <vector>
 
 namespace effjax {
 
 class Pool {
  public:
+  // Throws std::bad_alloc where the system gives no more threads.
   explicit Pool(int64_t threads) {
-    for (int64_t i = 0; i < threads; ++i) threads_.emplace_back([this] { Serve(); });
+    threads_.reserve(static_cast<size_t>(threads));
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, kStack);
+    bool all = true;
+    for (int64_t i = 0; all && i < threads; ++i) {
+      pthread_t thread;
+      all = pthread_create(&thread, &attributes, Serve, this) == 0;
+      if (all) threads_.push_back(thread);
+    }
+    pthread_attr_destroy(&attributes);
+    if (all) return;
+    Close();
+    throw std::bad_alloc();
   }
 
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~Pool() { Close(); }
 
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -69,25 +78,37 @@ class Pool {
     }
   };
 
-  void Serve() {
+  static constexpr size_t kStack = 512 << 10;  // by default 8 MB of each thread would count as this process's memory
+
+  static void* Serve(void* self) {
+    Pool& pool = *static_cast<Pool*>(self);
     for (;;) {
       std::shared_ptr<Job> job;
       {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [this] { return closing_ || !queue_.empty(); });
-        if (queue_.empty()) return;
-        job = std::move(queue_.front());
-        queue_.pop_front();
+        std::unique_lock<std::mutex> lock(pool.mutex_);
+        pool.wake_.wait(lock, [&] { return pool.closing_ || !pool.queue_.empty(); });
+        if (pool.queue_.empty()) return nullptr;
+        job = std::move(pool.queue_.front());
+        pool.queue_.pop_front();
       }
       job->Work();
     }
+  }
+
+  void Close() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+    }
+    wake_.notify_all();
+    for (const pthread_t thread : threads_) pthread_join(thread, nullptr);
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::shared_ptr<Job>> queue_;
   bool closing_ = false;
-  std::vector<std::thread> threads_;
+  std::vector<pthread_t> threads_;
 };
 
 }  // namespace effjax

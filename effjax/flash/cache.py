@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, UInt8
 from effjax.errors import ConfigError
 from effjax.flash.reader import aligned_empty
 
+MOVED_AT_ONCE = 16
 NEVER = np.iinfo(np.int64).min // 2  # the token before all tokens, when no neuron was used
 
 
@@ -145,7 +146,9 @@ def apply_update(
     """
     pointer = cache.pointer.copy()
     pointer[plan.moved_to] = pointer[plan.moved_from]
-    cache.matrix[plan.moved_to] = cache.matrix[plan.moved_from]
+    for i in range(0, len(plan.moved_to), MOVED_AT_ONCE):  # each time a copy of so many rows is held
+        some = slice(i, i + MOVED_AT_ONCE)
+        cache.matrix[plan.moved_to[some]] = cache.matrix[plan.moved_from[some]]
     rows = np.arange(plan.count - len(plan.loaded), plan.count)
     read(plan.loaded, cache.matrix, rows)
     pointer[rows] = plan.loaded

@@ -130,7 +130,7 @@ class FlashDecoder:
             direct=direct,
             implementation=implementation,
         )
-        self._caches = [empty_cache(self.file.neurons, c, layout.stride) for c in self.memory.capacity]
+        self._caches: list[NeuronCache] = []
         self._beside = [_Beside.empty(c, coded=layout.coded) for c in self.memory.capacity]
         self._passing = aligned_empty(self.memory.passing, layout.stride)
         self._kv: list[KVCache] = []
@@ -139,13 +139,11 @@ class FlashDecoder:
     def reset(self) -> None:
         """Forgets the text and its statistics; a new one begins with empty caches."""
         one = dataclasses.replace(self.config, num_hidden_layers=1)
-        self._kv = [new_cache(one, batch=1, slots=self.slots, dtype="float32", split=True) for _ in self._caches]
-        self._caches = [
-            NeuronCache(
-                matrix=c.matrix, pointer=c.pointer, count=0, last_used=empty_cache(len(c.last_used), 0, 1).last_used
-            )
-            for c in self._caches
-        ]
+        self._kv, self._caches = [], []  # so that the old ones are gone before the new ones are made
+        stride = self.file.layout.stride
+        for capacity in self.memory.capacity:
+            self._kv.append(new_cache(one, batch=1, slots=self.slots, dtype="float32", split=True))
+            self._caches.append(empty_cache(self.file.neurons, capacity, stride))
         self.tokens = 0
         self.trace: list[list[LayerTrace]] = []
 

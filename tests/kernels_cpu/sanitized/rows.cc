@@ -7,6 +7,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "bundle_mlp.h"
 #include "common.h"
