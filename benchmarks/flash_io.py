@@ -202,7 +202,7 @@ def arm(name: str, folder: Path, kind: str) -> dict[str, Any]:
     if name == "flash":
         device = measure_device(file.path, chunks=(4096, 16384, 65536), requests=(16, 64, 256), repeats=7)
         expected = predict_reads(masks, file, device, window=window)
-        found = {"device": dataclasses.asdict(device), "predicted": dataclasses.asdict(expected)}
+        found = {"device": dataclasses.asdict(device), "expected": dataclasses.asdict(expected)}
     jnp.zeros(1).block_until_ready()
     before, used = resident(), _data()
     resource.setrlimit(resource.RLIMIT_DATA, (used + budget + ALLOWANCE, resource.RLIM_INFINITY))
@@ -271,20 +271,24 @@ def child(*args: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def judge(folder: Path, words: np.ndarray, rounds: int) -> tuple[dict[str, Bar], dict[str, Any]]:
+def judge(
+    folder: Path, words: np.ndarray, rounds: int, kinds: Sequence[str] = ("int8", "int4")
+) -> tuple[dict[str, Bar], dict[str, Any]]:
     """Makes the model in a folder on the disk that is to be read, and runs the arms in turn.
 
     Args:
         words: int32 `[2, tokens]`, a text to calibrate on and one to judge on, of fewer than 2000 words.
+        rounds: of every arm.
+        kinds: of codes that the same model is read in besides.
     """
     np.save(folder / "words.npy", words[:, : TOKENS["flash"]])
-    write_model(folder, ("float32", "int8", "int4"))
+    write_model(folder, ("float32", *kinds))
     child("--arm", "reference", "--folder", str(folder))
     arms: dict[str, list[dict[str, Any]]] = {name: [] for name in TOKENS}
     for _ in range(rounds):
         for name in arms:
             arms[name].append(child("--arm", name, "--folder", str(folder)))
-    for kind in ("int8", "int4"):
+    for kind in kinds:
         arms[f"flash, {kind}"] = [child("--arm", "flash", "--folder", str(folder), "--kind", kind)]
     size, known = model_bytes(folder), np.load(folder / "reference.npz")
     show(arms, size, known)
@@ -292,7 +296,7 @@ def judge(folder: Path, words: np.ndarray, rounds: int) -> tuple[dict[str, Bar],
     def mean(name: str, key: str) -> float:
         return statistics.mean(run[key] for run in arms[name])
 
-    errors = [run["predicted"]["seconds"] / run["read"] for run in arms["flash"]]
+    errors = [run["expected"]["seconds"] / run["read"] for run in arms["flash"]]
     every = [run for runs in arms.values() for run in runs]
     bars = {
         "model over budget": Bar(size / every[0]["budget"], low=2.0),
@@ -319,7 +323,7 @@ def show(arms: dict[str, list[dict[str, Any]]], size: int, known: Any) -> None:
         f"neurons predicted, {missed:.1%} of the active ones missed"
     )
     table = Table(title="a token after the cold start, mean of the rounds")
-    columns = ("arm", "tokens/s", "each round", "ms", "cold", "attend", "manage", "read", "predicted", "compute")
+    columns = ("arm", "tokens/s", "each round", "ms", "cold", "attend", "manage", "read", "expected", "compute")
     for column in (*columns, "MB read", "requests", "resident", "taken MB", "same words"):
         table.add_column(column)
     for name, runs in arms.items():
@@ -328,7 +332,7 @@ def show(arms: dict[str, list[dict[str, Any]]], size: int, known: Any) -> None:
         }
         each = " ".join(f"{1 / run['seconds']:.2f}" for run in runs)
         terms = [f"{1e3 * mean[key]:.0f}" for key in ("seconds", "cold", "attend", "manage", "read")]
-        guess = [run["predicted"]["seconds"] for run in runs if isinstance(run.get("predicted"), dict)]
+        guess = [run["expected"]["seconds"] for run in runs if "expected" in run]
         table.add_row(
             name,
             f"{1 / mean['seconds']:.2f}",

@@ -33,7 +33,7 @@ CONFIG = DecoderConfig(
 )
 SHIFTED = dataclasses.replace(CONFIG, relu_shift=1.2)
 THRESHOLD = float(np.log(0.7 / 0.3))  # of a predictor's logits: the 0.7 that the paper takes for Persimmon
-STEPS, BATCH = ((CONFIG, 420, 2e-3), (SHIFTED, 140, 3e-4)), 4
+STEPS, BATCH = ((CONFIG, 350, 2e-3), (SHIFTED, 140, 3e-4)), 4
 TRAINING = Training(rank=8, loss="balanced_bce", learning_rate=3e-3, weight_decay=0.0, batch=512, epochs=4, enough=1.0)
 
 

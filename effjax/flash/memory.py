@@ -91,12 +91,11 @@ def plan_memory(
         "key-value cache": _bytes(cache),
         "rows that pass": passing * stride,
         "read beside rows": (threads + 1) * (MOST + 2 * UNITS[-1]) if beside else 0,
+        "last uses": 8 * file.layers * file.neurons,
     }
     row = stride + 8 + 4 * (2 + 3 * file.layout.coded)  # with its neuron, its biases and its scales
-    fixed = sum(terms.values()) + 8 * file.layers * file.neurons  # when each neuron was last used
-    terms["last uses"] = 8 * file.layers * file.neurons
     if capacity is None:
-        capacity = max(0, min(file.neurons, (budget - fixed) // (row * file.layers)))
+        capacity = max(0, min(file.neurons, (budget - sum(terms.values())) // (row * file.layers)))
     each = (capacity,) * file.layers if isinstance(capacity, int) else tuple(capacity)
     if len(each) != file.layers or not all(0 <= c <= file.neurons for c in each):
         raise ConfigError(f"capacity={each}: one for each of {file.layers} layers, from 0 to {file.neurons}")
