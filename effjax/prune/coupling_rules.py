@@ -14,7 +14,7 @@ Rule = Callable[[Coupling, Any, list[Value], str], list[Value]]
 # Entry by entry. Of the first, a result is 0 where the (first) operand is; of the others nothing is known.
 _ZERO_AT_ZERO = (
     "neg sign abs sqrt cbrt square tanh sin tan asin atan sinh asinh atanh erf expm1 log1p floor ceil round real imag "
-    "convert_element_type reduce_precision copy copy_p stop_gradient name pvary integer_pow"
+    "convert_element_type reduce_precision integer_pow"
 ).split()
 _ELEMENTWISE = (
     "exp exp2 log logistic cos cosh acos acosh rsqrt erfc erf_inv lgamma digamma not is_finite max min pow rem atan2 "
@@ -411,7 +411,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys((*_ZERO_AT_ZERO, *_ELEMENTWISE, "mul", "add", "sub", "div"), elementwise),
     **dict.fromkeys(_REDUCE, reduce),
     **dict.fromkeys(_CUMULATIVE, cumulative),
-    **dict.fromkeys(("optimization_barrier", "device_put", "sharding_constraint", "reshard"), passed),
+    **dict.fromkeys(
+        "copy copy_p name pvary stop_gradient optimization_barrier device_put sharding_constraint reshard".split(),
+        passed,
+    ),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), reshape),
     **dict.fromkeys(
         "jit pjit closed_call core_call checkpoint remat remat2 composite custom_jvp_call custom_vjp_call".split(),

@@ -158,21 +158,17 @@ def coupled_groups(apply: Callable[..., Any], params: PyTree, *inputs: Any) -> C
     for path, leaf in leaves:
         if is_compressed(leaf):
             raise LeafError(f"{path} is compressed already ({leaf}): shrink first, then apply other transforms")
-    structs = jax.tree.map(_struct, (params, inputs))
-    closed = jax.make_jaxpr(lambda p, x: apply(p, *x))(*structs)
+    structs = jax.eval_shape(lambda *arguments: arguments, params, *inputs)
+    closed = jax.make_jaxpr(apply)(*structs)
     axes, labels, values = _labelled(leaves)
     coupling = Coupling()
-    data = [Value(tuple(x.shape), fixed(x.shape), from_data=True) for x in jax.tree.leaves(structs[1])]
+    data = [Value(tuple(x.shape), fixed(x.shape), from_data=True) for x in jax.tree.leaves(structs[1:])]
     for output in walk(coupling, closed, [*values, *data]):
         for factor in output.factors:
             coupling.pin(factor, "they are outputs of the function")
     component, pinned = coupling.resolve(labels)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
     return _grouped(axes, shapes, component, pinned, coupling.work)
-
-
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype) if hasattr(x, "dtype") else type(x))
 
 
 def _labelled(leaves: Sequence[tuple[str, Any]]) -> tuple[dict[Axis, int], int, list[Value]]:

@@ -20,7 +20,7 @@ def magnitude_scores(params: PyTree, groups: CoupledGroups, *, norm: Literal[1, 
     """The norm of all weights that go with a unit, matrices and kernels only.
 
     With `norm=1` the score of Li et al., Pruning Filters for Efficient ConvNets (ICLR 2017), section 3.1, but of the
-    kernels that read a channel too; with `norm=2` that of Fang et al., DepGraph (CVPR 2023), equation 4.
+    kernels that read a channel too; with `norm=2` that of Fang et al., DepGraph (CVPR 2023).
 
     Example:
         >>> import effjax as ej
@@ -38,8 +38,8 @@ def taylor_scores(
 ) -> Scores:
     """First-order change of the loss when a unit is removed: `mean over batches of (sum of w * dL/dw)**2`.
 
-    Molchanov et al., Importance Estimation for Neural Network Pruning (CVPR 2019), equation 8, where the sum is over
-    the weights of one member and those of the members of a group are added; matrices and kernels only.
+    Molchanov et al., Importance Estimation for Neural Network Pruning (CVPR 2019), section 3.1; the sum is over the
+    weights of one member, and the squares of the members are added; matrices and kernels only.
 
     Args:
         loss: `loss(params, *batch) -> scalar`.

@@ -228,6 +228,32 @@ def test_carried_stream_from_a_parameter_is_followed_around_the_loop():
     assert_shrunk_as_masked(net, {"in": normal(0, 4, 6), "out": normal(1, 6, 2)}, normal(2, 5, 4))
 
 
+def test_stacked_flipped_and_sliced_activations_keep_their_channels():
+    def net(params, x):
+        y = jnp.stack([x @ params["a"], jnp.tanh(x @ params["b"])])
+        y = jax.lax.dynamic_slice_in_dim(y, x.shape[0] // 4, 2, axis=1)
+        a, b = y[::-1]
+        return jax.nn.relu(a * b)[..., ::-1] @ params["out"]
+
+    groups, _, _ = assert_shrunk_as_masked(
+        net, {"a": normal(0, 5, 6), "b": normal(1, 5, 6), "out": normal(2, 6, 3)}, normal(3, 4, 5)
+    )
+    (group,) = groups
+    assert group.members["a", 1].ravel().tolist() == group.members["out", 0].ravel().tolist()[::-1]
+
+
+def test_pooling_and_look_ups_keep_channels():
+    def net(params, tokens):
+        x = params["table"][tokens]
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 1), (1, 2, 1), "VALID")
+        return x.sum(1) @ params["out"]
+
+    groups, _, _ = assert_shrunk_as_masked(
+        net, {"table": normal(0, 9, 6), "out": normal(1, 6, 3)}, jnp.arange(8).reshape(2, 4)
+    )
+    assert members(groups) == {frozenset({("table", 1), ("out", 0)})}
+
+
 def test_low_rank_factors_lose_ranks():
     def net(params, x):
         return x @ (params["a"] @ params["b"])
