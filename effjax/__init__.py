@@ -1,6 +1,6 @@
 """effjax: smaller and faster neural networks with pure functions over parameter pytrees."""
 
-from effjax import arrays, io, kv, ops, prune, quantize, sketch, sparsity
+from effjax import arrays, distill, io, kv, ops, prune, quantize, sketch, sparsity
 from effjax.adapters import add_lora, drop_adapters, partition_adapters
 from effjax.arrays import is_compressed, materialize, nbytes, partition_specs
 from effjax.kv import kv_evict
@@ -18,6 +18,7 @@ __all__ = [
     "arrays",
     "calibrate",
     "combine",
+    "distill",
     "drop_adapters",
     "io",
     "is_compressed",
