@@ -1,12 +1,14 @@
 """What the commands of `train/` share: reading the command line, one line for an error, one for the figures."""
 
+import dataclasses
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import tyro
 
-from effjax.errors import EffjaxError
+from effjax.errors import ConfigError, EffjaxError
 
 
 def run(
@@ -28,3 +30,30 @@ def run(
     if figures is not None:
         print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         print(f"wrote {options.out / 'model'}")
+
+
+def same_settings(config: Any, passing: Collection[str], **named: str) -> None:
+    """Refuses to go on with other settings than the run was begun with; notes them in `config.out` where it begins.
+
+    Args:
+        config: the dataclass of options, `out` and `resume` among them.
+        passing: options that may change on the way.
+        named: what is noted in place of a path, which may be another one on another machine.
+
+    Raises:
+        ConfigError: an option that differs.
+    """
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in passing} | named
+    values = json.loads(json.dumps(values))  # as a file gives them back: lists for tuples
+    file = config.out / "settings.json"
+    if config.resume and file.exists():
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in values.items():
+            if begun.get(name) != value:
+                raise ConfigError(
+                    f"{config.out} was begun with {name}={begun.get(name)!r}, not {value!r}: go on with the same"
+                )
+        return
+    if not (config.out / "checkpoints").exists():
+        config.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ The result, `runs/notes/model`, is the tuned model in the compressed form it was
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from effjax.models.decoder import Decoder
 from effjax.recipe import Recipe, apply_recipe, parse_method
 from effjax.sketch import partition_tables, scale_by_spread
 from effjax.sparsity.relu import relufy
-from train.command import run
+from train.command import run, same_settings
 from train.loop import LoopConfig, fit, make_optimizer
 
 RATES = {"spallm": 2e-2, "lora": 5e-3, "qlora": 5e-3, "full": 5e-4}
@@ -110,8 +109,12 @@ class FinetuneConfig(LoopConfig):
         return None
 
 
-def read_windows(opened: Opened, config: FinetuneConfig) -> tuple[np.ndarray, np.ndarray]:
+def read_windows(opened: Opened, config: Any) -> tuple[np.ndarray, np.ndarray]:
     """Windows to train on and held out, `int32 [windows, context + 1]`.
+
+    Args:
+        opened: the model.
+        config: has `text`, `context` and `heldout`.
 
     Raises:
         ConfigError: no tokenizer, no such file, not UTF-8, or too short a text.
@@ -134,6 +137,13 @@ def read_windows(opened: Opened, config: FinetuneConfig) -> tuple[np.ndarray, np
             f"--text {config.text}: {len(windows)} windows of {config.context} tokens; choose a shorter context"
         )
     return windows[:-judged], windows[-judged:]
+
+
+def in_batches(windows: np.ndarray, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Windows in batches of one size, `[batch, length]`, and which of each count: the last is filled up with others."""
+    rows = np.pad(windows, ((0, -len(windows) % batch), (0, 0)), mode="wrap")
+    valid = np.arange(len(rows)) < len(windows)
+    return [(rows[i : i + batch], valid[i : i + batch]) for i in range(0, len(rows), batch)]
 
 
 def relufied(opened: Opened, config: FinetuneConfig) -> Opened:
@@ -193,7 +203,7 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     """
     opened = relufied(open_model(config.model), config)
     train, heldout = read_windows(opened, config)
-    _same_settings(config)
+    same_settings(config, PASSING, text=config.text.name, model=Path(config.model).name)
     params, recipe = compressed(opened, config, train)
     stored, kept = split(params, config.method)
     trained, frozen = split(computing(params, config.dtype), config.method)
@@ -212,14 +222,10 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     def batch_at(step: int) -> np.ndarray:
         return train[np.random.default_rng((config.seed, step)).integers(0, len(train), config.batch)]
 
-    rows = np.pad(heldout, ((0, -len(heldout) % config.batch), (0, 0)), mode="wrap").reshape(
-        -1, config.batch, heldout.shape[1]
-    )
-    valid = np.arange(rows.shape[0] * config.batch).reshape(-1, config.batch) < len(heldout)
     total = jax.jit(lambda trained, frozen, w, valid: (losses(trained, frozen, w).mean(1) * valid).sum())
 
     def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
-        sums = [float(total(trained, frozen, w, v)) for w, v in zip(rows, valid, strict=True)]
+        sums = [float(total(trained, frozen, w, valid)) for w, valid in in_batches(heldout, config.batch)]
         return {"heldout_loss": math.fsum(sums) / len(heldout)}
 
     before = evaluate(trained, frozen)["heldout_loss"]
@@ -244,24 +250,6 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
         config.out / "model", tuned, config=opened.model.config.to_hf(), recipe=described, overwrite=True, **files
     )
     return {"before": before, "heldout_loss": after, "perplexity": math.exp(after)}
-
-
-def _same_settings(config: FinetuneConfig) -> None:
-    """Refuses to go on with other settings than the run was begun with; notes them where it begins."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in PASSING}
-    values |= {"text": config.text.name, "model": Path(config.model).name}
-    file = config.out / "settings.json"
-    if config.resume and file.exists():
-        begun = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in values.items():
-            if begun.get(name) != value:
-                raise ConfigError(
-                    f"{config.out} was begun with {name}={begun.get(name)!r}, not {value!r}: go on with the same"
-                )
-        return
-    if not (config.out / "checkpoints").exists():
-        config.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _card(config: FinetuneConfig, opened: Opened, before: float, after: float, trained: int) -> str:

@@ -1,0 +1,31 @@
+"""Distils a student from larger models: a decoder from a decoder, or a small network from a committee.
+
+    python -m train.distill --experiment lm --teacher default --text notes.txt --layers 2 --out runs/small
+    python -m train.distill --experiment diverse --out runs/digits
+
+`--experiment lm --help` and `--experiment diverse --help` list the options of each. With `--resume` an interrupted run
+goes on where it was.
+"""
+
+import argparse
+import sys
+
+from train import distill_diverse, distill_lm
+from train.command import run
+
+EXPERIMENTS = {
+    "lm": (distill_lm.LmDistillConfig, distill_lm.distill, distill_lm.__doc__),
+    "diverse": (distill_diverse.DiverseConfig, distill_diverse.distill, distill_diverse.__doc__),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.distill", description=__doc__, add_help=False)
+    parser.add_argument("--experiment", choices=sorted(EXPERIMENTS), required=True)
+    chosen = parser.parse_known_args(sys.argv[1:])[0].experiment
+    config, distill, description = EXPERIMENTS[chosen]
+    run(config, distill, prog=f"python -m train.distill --experiment {chosen}", description=description)
+
+
+if __name__ == "__main__":
+    main()
