@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from effjax import _compat
 from effjax.prune.coupling import Coupling, Factor, Value, along, dims_of, fixed, is_fixed
 
 Rule = Callable[[Coupling, Any, list[Value], str], list[Value]]
@@ -25,31 +24,7 @@ _REDUCE = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or red
 _CUMULATIVE = "cumsum cumprod cummax cummin cumlogsumexp".split()
 
 
-def walk(coupling: Coupling, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
-    """The outputs of a (closed or open) jaxpr."""
-    jaxpr, consts = _compat.open_jaxpr(jaxpr)
-    env: dict[Any, Value] = {}
-
-    def read(atom: Any) -> Value:
-        return _constant(atom.val) if _compat.is_literal(atom) else env[atom]
-
-    if consts:
-        env.update(zip(jaxpr.constvars, map(_constant, consts), strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-        name, line = eqn.primitive.name, _compat.source_line(eqn)
-        rule = _RULES.get(name, unknown)
-        outputs = rule(coupling, eqn, [read(atom) for atom in eqn.invars], f"{name} ({line})" if line else name)
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _constant(x: Any) -> Value:
-    shape = np.shape(x)
-    return Value(shape, fixed(shape))
-
-
-def _shapes(eqn: Any) -> list[tuple[int, ...]]:
+def shapes_of(eqn: Any) -> list[tuple[int, ...]]:
     return [tuple(v.aval.shape) for v in eqn.outvars]
 
 
@@ -58,23 +33,32 @@ def unknown(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]
         for factor in value.factors:
             c.pin(factor, f"{why} has no rule")
     data = any(v.from_data for v in inputs)
-    return [Value(shape, fixed(shape), data) for shape in _shapes(eqn)]
+    return [Value(shape, fixed(shape), data) for shape in shapes_of(eqn)]
 
 
 def elementwise(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
     """Operands of one shape, or scalars."""
-    (shape,) = _shapes(eqn)
+    (shape,) = shapes_of(eqn)
     arrays = [v for v in inputs if v.shape]
     factors = c.meet([f for v in arrays for f in v.factors], f"{why} meets an axis of fixed size")
-    name, zero = eqn.primitive.name, [v.vanishes for v in inputs]
+    zero = _zero_dims(eqn.primitive.name, eqn.params, inputs)
+    covered = set().union(*map(_labelled, inputs))
+    return [Value(shape, factors, any(v.from_data for v in inputs), bool(covered) and covered <= zero)]
+
+
+def _labelled(value: Value) -> set[int]:
+    """Dimensions along which something might be cut."""
+    return {d for f in value.factors if not is_fixed(f) for d in dims_of(f)}
+
+
+def _zero_dims(name: str, params: Any, inputs: list[Value]) -> set[int]:
+    """Dimensions along which the result is 0 at masked labels."""
+    zero = [_labelled(v) if v.vanishes else set() for v in inputs]
     if name == "mul":
-        vanishes = any(zero)
-    elif name in ("add", "sub", "add_any"):
-        covered = [{d for f in v.factors if not is_fixed(f) for d in dims_of(f)} for v in inputs]
-        vanishes = all(zero) and all(dims == covered[0] for dims in covered)
-    else:
-        vanishes = zero[0] and (name in _ZERO_AT_ZERO and eqn.params.get("y", 1) > 0 or name == "div")
-    return [Value(shape, factors, any(v.from_data for v in inputs), vanishes)]
+        return set().union(*zero)
+    if name in ("add", "sub", "add_any"):
+        return set.intersection(*zero)
+    return zero[0] if name == "div" or (name in _ZERO_AT_ZERO and params.get("y", 1) > 0) else set()
 
 
 def passed(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
@@ -103,15 +87,15 @@ def cumulative(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Val
 
 
 def transpose(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    return [_project(inputs[0], inputs[0].factors, eqn.params["permutation"], _shapes(eqn)[0])]
+    return [_project(inputs[0], inputs[0].factors, eqn.params["permutation"], shapes_of(eqn)[0])]
 
 
 def reshape(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    return [c.reshape(inputs[0], _shapes(eqn)[0], why)]
+    return [c.reshape(inputs[0], shapes_of(eqn)[0], why)]
 
 
 def broadcast_in_dim(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    (value, *_), (shape,) = inputs, _shapes(eqn)
+    (value, *_), (shape,) = inputs, shapes_of(eqn)
     to = eqn.params["broadcast_dimensions"]
 
     def placed(factor: Factor) -> Factor:
@@ -128,7 +112,7 @@ def reverse(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]
 
 
 def iota(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    (shape,) = _shapes(eqn)
+    (shape,) = shapes_of(eqn)
     return [Value(shape, fixed(shape, [eqn.params["dimension"]]))]
 
 
@@ -144,9 +128,15 @@ def dot_general(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Va
     left = [_joint(f, [*lhs_batch, *lhs_contract, *lhs_free], len(lhs.shape), len(rhs_free)) for f in lhs.factors]
     right = [_joint(f, [*rhs_batch, *rhs_contract, *rhs_free], last, len(lhs_free)) for f in rhs.factors]
     factors = _multiply(c, lhs, rhs, [*left, *right], range(first, last), 2 * math.prod(shape), why)
-    joint = Value(shape, (), lhs.from_data or rhs.from_data, lhs.vanishes or rhs.vanishes)
+    joint = Value(shape, (), lhs.from_data or rhs.from_data, _product_vanishes(lhs, rhs, lhs_free, rhs_free))
     kept = [d for d in range(len(shape)) if not first <= d < last]
-    return [_project(joint, factors, kept, _shapes(eqn)[0])]
+    return [_project(joint, factors, kept, shapes_of(eqn)[0])]
+
+
+def _product_vanishes(lhs: Value, rhs: Value, lhs_free: Sequence[int], rhs_free: Sequence[int]) -> bool:
+    """Whether each operand that has labels of its own in the result is 0 where they are masked."""
+    own = [bool(_labelled(v) & set(free)) for v, free in ((lhs, lhs_free), (rhs, rhs_free))]
+    return any(own) and (lhs.vanishes or not own[0]) and (rhs.vanishes or not own[1])
 
 
 def _joint(factor: Factor, order: Sequence[int], at: int, others: int) -> Factor:
@@ -170,7 +160,7 @@ def _multiply(
 
 
 def convolution(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    p, (shape,) = eqn.params, _shapes(eqn)
+    p, (shape,) = eqn.params, shapes_of(eqn)
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     lhs, rhs = inputs
     depthwise = groups > 1 and groups == lhs.shape[numbers.lhs_spec[1]]
@@ -194,7 +184,7 @@ def convolution(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Va
     to = numbers.out_spec
     placed = [along(f.ravel(), to[dims_of(f)[0]], len(shape)) for f in joint.factors]
     data = lhs.from_data or rhs.from_data
-    return [Value(shape, (*placed, *fixed(shape, to[2:])), data, lhs.vanishes or rhs.vanishes)]
+    return [Value(shape, (*placed, *fixed(shape, to[2:])), data, rhs.vanishes)]
 
 
 def _restricted(value: Value, dims: Sequence[int]) -> Value:
@@ -208,7 +198,7 @@ def _sizes(value: Value, dims: Sequence[int]) -> tuple[int, ...]:
 
 def reduce_window(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
     """Pooling: dimensions in which the window is 1 stay as they are."""
-    p, (shape,) = eqn.params, _shapes(eqn)
+    p, (shape,) = eqn.params, shapes_of(eqn)
     value = inputs[0]
     moved = [d for d in range(len(shape)) if p["window_dimensions"][d] != 1 or value.shape[d] != shape[d]]
     value = c.fix(value, moved, f"{why} runs along them")
@@ -218,7 +208,7 @@ def reduce_window(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[
 
 def pad(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
     """What is put around an axis stays."""
-    (value, _), config, (shape,) = inputs, eqn.params["padding_config"], _shapes(eqn)
+    (value, _), config, (shape,) = inputs, eqn.params["padding_config"], shapes_of(eqn)
     inside = [d for d, (low, high, between) in enumerate(config) if between or low < 0 or high < 0]
     value = c.fix(value, inside, f"{why} fills between entries")
 
@@ -241,7 +231,7 @@ def pad(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
 
 
 def concatenate(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    dim, (shape,) = eqn.params["dimension"], _shapes(eqn)
+    dim, (shape,) = eqn.params["dimension"], shapes_of(eqn)
     pieces, others = [], []
     for value in inputs:
         labels = np.zeros(value.shape[dim], np.int64)
@@ -256,11 +246,22 @@ def concatenate(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Va
     return [Value(shape, (*factors, along(np.concatenate(pieces), dim, len(shape))), data, vanishes)]
 
 
+def merged(c: Coupling, values: Sequence[Value], why: str) -> Value:
+    """A value that may be any of these."""
+    factors = c.meet([f for v in values for f in v.factors], f"{why} meets an axis of fixed size")
+    return Value(
+        values[0].shape,
+        factors,
+        any(v.from_data for v in values),
+        all(v.vanishes for v in values) and len({frozenset(_labelled(v)) for v in values}) == 1,
+    )
+
+
 def stack(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    (shape,), axis = _shapes(eqn), eqn.params["axis"]
-    merged = _merged(c, inputs, why)
-    factors = [np.expand_dims(f, axis) for f in merged.factors]
-    return [Value(shape, (*factors, *fixed(shape, [axis])), merged.from_data, merged.vanishes)]
+    (shape,), axis = shapes_of(eqn), eqn.params["axis"]
+    both = merged(c, inputs, why)
+    factors = [np.expand_dims(f, axis) for f in both.factors]
+    return [Value(shape, (*factors, *fixed(shape, [axis])), both.from_data, both.vanishes)]
 
 
 def unstack(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
@@ -268,7 +269,7 @@ def unstack(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]
     pieces = [_piece(c, value, axis, i, i + 1, 1, why) for i in range(value.shape[axis])]
     return [
         piece.with_factors([f.squeeze(axis) for f in piece.factors], shape)
-        for piece, shape in zip(pieces, _shapes(eqn), strict=True)
+        for piece, shape in zip(pieces, shapes_of(eqn), strict=True)
     ]
 
 
@@ -309,7 +310,7 @@ def split(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
 
 
 def dynamic_slice(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    (value, *_), (shape,) = inputs, _shapes(eqn)
+    (value, *_), (shape,) = inputs, shapes_of(eqn)
     moved = [d for d in range(len(shape)) if shape[d] != value.shape[d]]
     value = c.fix(value, moved, f"{why} moves along them")
     kept = [f for f in value.factors if not set(dims_of(f)) & set(moved)]
@@ -318,7 +319,7 @@ def dynamic_slice(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[
 
 def gather(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
     """Whole slices of an array are looked up, as rows of an embedding: dimensions taken in full stay as they are."""
-    (value, indices), (shape,), p = inputs, _shapes(eqn), eqn.params
+    (value, indices), (shape,), p = inputs, shapes_of(eqn), eqn.params
     numbers = p["dimension_numbers"]
     if numbers.operand_batching_dims:
         return unknown(c, eqn, inputs, why)
@@ -346,68 +347,7 @@ def gather(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
     return [Value(shape, (*factors, *fixed(shape, rest)), data, value.vanishes)]
 
 
-def nested(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    p = eqn.params
-    return walk(c, next(p[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in p), inputs)
-
-
-def scan(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    """The same entries go in every step; what is carried around is cut alike before and after it."""
-    p = eqn.params
-    consts, carry, xs = _compat.scan_groups(p, inputs)
-    steps = [_without_first(c.fix(x, [0], f"{why} runs along them")) for x in xs]
-    before = len(c.work)
-    outputs = _loop(c, lambda state: walk(c, p["jaxpr"], [*consts, *state, *steps]), carry, before, why)
-    c.work[before:] = [(p["length"] * work, factors) for work, factors in c.work[before:]]
-    shapes = _shapes(eqn)
-    stacked = [
-        Value(shape, (*(f[None] for f in y.factors), *fixed(shape, [0])), y.from_data, y.vanishes)
-        for y, shape in zip(outputs[len(carry) :], shapes[len(carry) :], strict=True)
-    ]
-    return [*outputs[: len(carry)], *stacked]
-
-
-def _without_first(value: Value) -> Value:
-    factors = [f[0] for f in value.factors if f.shape[0] == 1]
-    return value.with_factors(factors, value.shape[1:])
-
-
-def _loop(c: Coupling, body: Any, carry: list[Value], before: int, why: str) -> list[Value]:
-    """Outputs of a body for a carry that has the labels of what comes back."""
-    while True:
-        outputs = body(carry)
-        after = [_merged(c, pair, why) for pair in zip(carry, outputs, strict=False)]
-        if all(_covered(a) == _covered(b) and a.from_data == b.from_data for a, b in zip(after, carry, strict=True)):
-            return [*after, *outputs[len(carry) :]]
-        del c.work[before:]
-        carry = after
-
-
-def _merged(c: Coupling, values: Sequence[Value], why: str) -> Value:
-    """A value that may be any of these."""
-    factors = c.meet([f for v in values for f in v.factors], f"{why} meets an axis of fixed size")
-    return Value(values[0].shape, factors, any(v.from_data for v in values), all(v.vanishes for v in values))
-
-
-def _covered(value: Value) -> set[int]:
-    return {d for f in value.factors for d in dims_of(f)}
-
-
-def while_loop(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    p = eqn.params
-    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    cond, body, carry = inputs[:n_cond], inputs[n_cond : n_cond + n_body], inputs[n_cond + n_body :]
-    outputs = _loop(c, lambda state: walk(c, p["body_jaxpr"], [*body, *state]), carry, len(c.work), why)
-    walk(c, p["cond_jaxpr"], [*cond, *outputs])
-    return outputs
-
-
-def cond(c: Coupling, eqn: Any, inputs: list[Value], why: str) -> list[Value]:
-    results = [walk(c, branch, inputs[1:]) for branch in eqn.params["branches"]]
-    return [_merged(c, values, why) for values in zip(*results, strict=True)]
-
-
-_RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys((*_ZERO_AT_ZERO, *_ELEMENTWISE, "mul", "add", "sub", "div"), elementwise),
     **dict.fromkeys(_REDUCE, reduce),
     **dict.fromkeys(_CUMULATIVE, cumulative),
@@ -416,10 +356,6 @@ _RULES: dict[str, Rule] = {
         passed,
     ),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), reshape),
-    **dict.fromkeys(
-        "jit pjit closed_call core_call checkpoint remat remat2 composite custom_jvp_call custom_vjp_call".split(),
-        nested,
-    ),
     "reduce_window_sum": reduce_window,
     "reduce_window_max": reduce_window,
     "reduce_window_min": reduce_window,
@@ -437,7 +373,4 @@ _RULES: dict[str, Rule] = {
     "split": split,
     "dynamic_slice": dynamic_slice,
     "gather": gather,
-    "scan": scan,
-    "while": while_loop,
-    "cond": cond,
 }

@@ -12,7 +12,7 @@ from effjax.arrays.base import PyTree, is_compressed
 from effjax.errors import LeafError
 from effjax.paths import Where, leaves_with_paths, matches
 from effjax.prune.coupling import FIXED, Coupling, Value, along, fixed
-from effjax.prune.coupling_rules import walk
+from effjax.prune.coupling_walk import walk
 
 Axis = tuple[str, int]  # path of a parameter and number of its axis
 

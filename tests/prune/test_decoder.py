@@ -175,3 +175,5 @@ def test_a_real_model_gets_smaller_and_still_runs_from_its_files(tmp_path, monke
     save_hf("small", config, params, model.tokenizer.to_str())
     assert main(["generate", "small", "--prompt", "Return", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("Return")
+    assert main(["eval", "small", "--windows", "2", "--window-length", "32"]) == 0
+    assert "2 windows" in capsys.readouterr().out

@@ -297,11 +297,19 @@ def test_what_depends_on_all_channels_is_pinned_with_its_reason(name, why):
     assert ("out", 0) in groups.pinned
 
 
-def test_weights_that_are_not_zero_when_masked_are_pinned():
-    def net(params, x):
-        return jax.nn.relu(x @ params["in"]) @ jax.nn.softplus(params["out"])
+@pytest.mark.parametrize("made", ["softplus", "outer", "plus one"])
+def test_weights_that_are_not_zero_when_masked_are_pinned(made):
+    weights = {
+        "softplus": lambda p: jax.nn.softplus(p["out"]),
+        "outer": lambda p: jax.nn.softplus(p["scale"])[:, None] * p["row"][None, :],
+        "plus one": lambda p: p["out"] + 1,
+    }
 
-    groups = coupled_groups(net, {"in": normal(0, 4, 8), "out": normal(1, 8, 2)}, normal(2, 6, 4))
+    def net(params, x):
+        return jax.nn.sigmoid(x @ params["in"]) @ weights[made](params)
+
+    params = {"in": normal(0, 4, 8), "out": normal(1, 8, 2), "scale": normal(2, 8), "row": normal(3, 2)}
+    groups = coupled_groups(net, params, normal(4, 6, 4))
     assert "masked weights do not make 0" in groups.pinned["in", 1]
 
 
