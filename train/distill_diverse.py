@@ -153,9 +153,10 @@ def student_apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     return (early, *HI(params, early))
 
 
-def accuracy(params: Any, x: np.ndarray, labels: np.ndarray) -> float:
+@jax.jit
+def accuracy(params: Any, x: np.ndarray, labels: np.ndarray) -> jax.Array:
     """Share of images whose label comes first."""
-    return float(jnp.mean(jnp.argmax(apply_mlp(params, jnp.asarray(x)), -1) == labels))
+    return jnp.mean(jnp.argmax(apply_mlp(params, x), -1) == labels)
 
 
 def train_teacher(config: DiverseConfig, name: str, widths: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Any:
@@ -231,7 +232,7 @@ def distill(config: DiverseConfig) -> dict[str, float] | None:
 
     def evaluate(params: Any, committee: Committee) -> dict[str, float]:
         kept = kept_share(params, committee) if config.skip_after else 1.0
-        return {"accuracy": accuracy(strip(params), heldout.pooled, heldout.labels), "kept": float(kept)}
+        return {"accuracy": float(accuracy(strip(params), heldout.pooled, heldout.labels)), "kept": float(kept)}
 
     slower = optax.masked(optax.scale(config.module_rate), {"student": False, "module": True})
     optimizer = optax.chain(make_optimizer(config), slower)
@@ -251,7 +252,7 @@ def distill(config: DiverseConfig) -> dict[str, float] | None:
         return None
     figures = evaluate(state.params, committee)
     for name, view, teacher in zip(views, views.values(), teachers, strict=True):
-        figures[name] = accuracy(teacher.params, getattr(heldout, view), heldout.labels)
+        figures[name] = float(accuracy(teacher.params, getattr(heldout, view), heldout.labels))
     described = {"model_type": "mlp", "widths": list(widths), "pool": config.pool}
     card = (
         f"# A student of a committee\n\nAccuracy on {len(heldout.labels)} held-out images: {figures['accuracy']:.4f}; "

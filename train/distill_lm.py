@@ -47,7 +47,7 @@ class LmDistillConfig(LoopConfig):
         weight: of the teacher, from 0 (text alone) to 1 (teacher alone).
         temperature: of both distributions.
         store: directory of the teacher's outputs: written first where it is not whole, then read in place of the
-            teacher.
+            teacher, who runs only to judge.
         top_k: labels that a store keeps at each position.
         batch: windows a step.
         context: tokens a window predicts.
@@ -123,16 +123,11 @@ def open_student(config: LmDistillConfig, teacher: Opened) -> Opened:
     return Opened(model=model, name="student")
 
 
-def zeros_of(params: Any) -> Any:
-    """Where dense matrices are exactly zero, as pruning left them; None for the other leaves."""
-
-    def zeros(path: str, x: Any) -> Any:
-        matrix = not ej.arrays.is_compressed(x) and x.ndim >= 2 and path.endswith("kernel")
-        where = np.asarray(x) == 0 if matrix else np.zeros(())
-        return where if where.any() else None
-
-    found = {path: zeros(path, x) for path, x in leaves_with_paths(params)}
-    return {path: where for path, where in found.items() if where is not None}
+def zeros_of(params: Any) -> dict[str, np.ndarray]:
+    """Where dense kernels are exactly zero, as pruning left them, by path."""
+    kernels = {p: x for p, x in leaves_with_paths(params) if p.endswith("kernel") and not ej.arrays.is_compressed(x)}
+    zeros = {path: np.asarray(x) == 0 for path, x in kernels.items()}
+    return {path: where for path, where in zeros.items() if where.any()}
 
 
 def with_zeros(params: Any, zeros: dict[str, Any]) -> Any:

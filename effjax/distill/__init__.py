@@ -6,7 +6,7 @@ from effjax.distill.contrastive import contrastive_loss
 from effjax.distill.diverse import Batch, Diverse, DiverseTerms, diverse_loss
 from effjax.distill.features import hint_loss, init_projection, project
 from effjax.distill.logits import TopK, kl_divergence, top_k_divergence, top_k_targets
-from effjax.distill.mlp import apply_mlp, halves, init_mlp
+from effjax.distill.mlp import apply_mlp, halves, init_mlp, layer_outputs
 from effjax.distill.progressive import pskd_loss, pskd_weight
 from effjax.distill.store import StoreConfig, TeacherStore, open_store, write_store
 
@@ -31,6 +31,7 @@ __all__ = [
     "init_mlp",
     "init_projection",
     "kl_divergence",
+    "layer_outputs",
     "open_store",
     "project",
     "pskd_loss",
