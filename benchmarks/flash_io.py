@@ -200,7 +200,7 @@ def arm(name: str, folder: Path, kind: str) -> dict[str, Any]:
     file = open_bundles(folder / f"{kind}.flash")
     found: dict[str, Any] = {}
     if name == "flash":
-        device = measure_device(file.path, chunks=(4096, 16384, 65536), requests=(16, 64, 256), repeats=7)
+        device = measure_device(file.path, chunks=(4096, 16384, 65536), requests=(16, 64, 256), repeats=15)
         expected = predict_reads(masks, file, device, window=window)
         found = {"device": dataclasses.asdict(device), "expected": dataclasses.asdict(expected)}
     jnp.zeros(1).block_until_ready()
