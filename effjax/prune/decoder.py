@@ -89,6 +89,7 @@ def shrink_decoder(
         LeafError: see `ej.prune.shrink`.
 
     Example:
+        >>> import effjax as ej
         >>> from effjax.models.embedded import load_default
         >>> model = load_default()
         >>> groups = decoder_groups(model.config, model.params).select("*/mlp/*")
