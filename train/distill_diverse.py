@@ -101,9 +101,9 @@ class DiverseConfig(LoopConfig):
 class Images:
     """Whole and pooled images, flat in [0, 1], and labels; the first ones are the student's."""
 
-    whole: np.ndarray
-    pooled: np.ndarray
-    labels: np.ndarray
+    whole: Any
+    pooled: Any
+    labels: Any
 
     def __getitem__(self, index: Any) -> "Images":
         return Images(whole=self.whole[index], pooled=self.pooled[index], labels=self.labels[index])
@@ -117,7 +117,7 @@ def read_images(config: DiverseConfig) -> tuple[Images, Images]:
     """
     if config.data is None:
         try:
-            from sklearn.datasets import load_digits
+            from sklearn.datasets import load_digits  # type: ignore[import-not-found]
         except ImportError:
             raise ConfigError(
                 "the digits come with scikit-learn, which is missing: install it, or name --data"
@@ -154,7 +154,7 @@ def student_apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 @jax.jit
-def accuracy(params: Any, x: np.ndarray, labels: np.ndarray) -> jax.Array:
+def accuracy(params: Any, x: Any, labels: Any) -> jax.Array:
     """Share of images whose label comes first."""
     return jnp.mean(jnp.argmax(apply_mlp(params, x), -1) == labels)
 

@@ -73,7 +73,7 @@ class TeacherStore:
     def rows(self, ids: Int[np.ndarray, "batch"]) -> TopK:
         """Outputs for these windows, numpy `[batch, length, k]`; reads only their bytes."""
         where = [divmod(int(i), self.config.shard_rows) for i in ids]
-        read = {
+        read: dict[str, Any] = {
             name: np.concatenate([self.shards[shard][name].read_rows(at, at + 1) for shard, at in where])
             for name in ("labels", "log_probs", "tail")
         }
