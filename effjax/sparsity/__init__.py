@@ -4,6 +4,7 @@ from effjax.sparsity.by_neuron import by_neuron, neuron_apply
 from effjax.sparsity.decoder import apply_contextual, decoder_taps
 from effjax.sparsity.dejavu import collect_sparsity, contextual_mlp, neuron_masks, train_predictors
 from effjax.sparsity.generate_reusing import generate_reusing
+from effjax.sparsity.heads import chosen_heads, head_sparse_attention
 from effjax.sparsity.label_head import LabelHead, build_label_head, frequent_labels, sampled_softmax_loss
 from effjax.sparsity.label_tables import LabelTables, build_tables, retrieve
 from effjax.sparsity.lss import LSS, TrainedHashes, train_hashes
@@ -21,12 +22,14 @@ __all__ = [
     "build_label_head",
     "build_tables",
     "by_neuron",
+    "chosen_heads",
     "collect_sparsity",
     "contextual_mlp",
     "decoder_taps",
     "flops_share",
     "frequent_labels",
     "generate_reusing",
+    "head_sparse_attention",
     "neuron_apply",
     "neuron_masks",
     "relufy",
