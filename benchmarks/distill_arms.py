@@ -60,18 +60,12 @@ ARMS = {
     "asked committee": Arm("asked", (0, 1)),
     "asked committee, skipping": Arm("asked", (0, 1), skip=True),
 }
-Grids = dict[str, dict[str, tuple[float, ...]]]  # by kind of arm, what is tried of each hyper-parameter
-GRIDS: Grids = {
-    "alone": {},
-    "logits": {"weight": (0.3, 1.0, 3.0), "temperature": (1.0, 2.0, 4.0)},
-    "hints": {"weight": (0.3, 1.0, 3.0), "temperature": (2.0, 4.0)},
-    "asked": {"weight": (0.3, 1.0), "logits": (1.0, 4.0), "temperature": (2.0, 4.0)},
-}
-FEW: Grids = {  # where a run takes long
-    "alone": {},
-    "logits": {"weight": (0.3, 1.0), "temperature": (2.0,)},
-    "hints": {"weight": (0.3, 1.0), "temperature": (2.0,)},
-    "asked": {"weight": (0.3, 1.0), "logits": (1.0,), "temperature": (2.0,)},
+# By kind of arm, what is tried of each hyper-parameter.
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "alone": {"clip": (1.0, 1e3)},
+    "logits": {"weight": (0.3, 1.0, 3.0), "temperature": (1.0, 2.0, 4.0), "clip": (1.0, 1e3)},
+    "hints": {"weight": (0.3, 1.0, 3.0), "temperature": (1.0, 2.0, 4.0)},
+    "asked": {"weight": (0.3, 1.0, 3.0), "logits": (1.0, 4.0), "temperature": (1.0, 2.0, 4.0)},
 }
 
 
@@ -82,6 +76,7 @@ def train(
     key: jax.Array,
     rate: Any,
     steps: int,
+    clip: Any = 1.0,
 ) -> Any:
     """AdamW on `params["student"]` at `rate`, on the rest at a rate of its own; both fall by a cosine.
 
@@ -92,6 +87,7 @@ def train(
         key: of the batches.
         rate: may be traced.
         steps: how many.
+        clip: largest norm of a gradient, may be traced.
 
     Returns:
         The last parameters, and the notes of every step.
@@ -101,7 +97,7 @@ def train(
         return optax.flatten(optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-4))
 
     parts = {name: adamw(rate if name == "student" else MODULE_RATE) for name in params}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, {name: name for name in params}))
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.partition(parts, {name: name for name in params}))
 
     def step(carry: Any, t: jax.Array) -> Any:
         params, state = carry
@@ -160,18 +156,22 @@ Measure = Callable[[Arm, dict[str, float]], tuple[np.ndarray, float]]  # scores 
 Chosen = dict[str, dict[str, float]]
 
 
-def tune(arms: Sequence[str], rates: Sequence[float], measure: Measure, grids: Grids = GRIDS) -> None:
+def tune(arms: Sequence[str], rate: float, measure: Measure) -> None:
     """Prints all settings of every arm, and the best."""
     for name in arms:
-        grid = {"rate": tuple(rates)} | grids[ARMS[name].kind]
+        grid = {"rate": (rate,)} | GRIDS[ARMS[name].kind]
         best, chosen = -1.0, {}
         for values in itertools.product(*grid.values()):
             options = dict(zip(grid, values, strict=True))
-            mean = float(measure(ARMS[name], options)[0].mean())
-            print(f"  {mean:.2f} {options}", flush=True)
-            if mean > best:
-                best, chosen = mean, options
+            score = mean(measure(ARMS[name], options)[0])
+            print(f"  {score:.2f} {options}", flush=True)
+            if score > best:
+                best, chosen = score, options
         print(f"{name!r}: {chosen},  # {best:.2f}", flush=True)
+
+
+def mean(values: np.ndarray) -> float:
+    return float(values.mean())
 
 
 def error(values: np.ndarray) -> float:
@@ -203,12 +203,12 @@ def judge(name: str, complementary: np.ndarray, chosen: Chosen, measure: Measure
         table.add_row(arm, *(f"{x:.2f}" for x in figures), " ".join(f"{k} {v:g}" for k, v in settings[arm].items()))
     Console(width=150).print(table)
     single = max((n for n in found if n.startswith(("logits of the", "hints of the"))), key=lambda n: found[n].mean())
-    skipping = found["asked committee, skipping"]
+    both, foundation, skipping = (found[n] for n in ("logits of both", "asked foundation", "asked committee, skipping"))
     bars = {
-        "committee over logits of both": Bar((asked - found["logits of both"]).mean(), low=1),
-        f"committee over the best single teacher ({single})": Bar((asked - found[single]).mean(), low=0),
-        "committee over asking the foundation alone": Bar((asked - found["asked foundation"]).mean(), low=0),
+        "committee over logits of both": Bar(mean(asked - both), low=1),
+        f"committee over the best single teacher ({single})": Bar(mean(asked - found[single]), low=0),
+        "committee over asking the foundation alone": Bar(mean(asked - foundation), low=0),
         "passes left by skipping": Bar(kept["asked committee, skipping"], high=0.7, paper="about 0.7"),
-        "skipping over asking all": Bar((skipping - asked).mean(), low=-0.5, paper="no loss"),
+        "skipping over asking all": Bar(mean(skipping - asked), low=-0.5, paper="no loss"),
     }
-    return {f"{name}: {bar}": bars[bar] for bar in bars}, {arm: float(values.mean()) for arm, values in found.items()}
+    return {f"{name}: {bar}": bars[bar] for bar in bars}, {arm: mean(values) for arm, values in found.items()}

@@ -52,7 +52,7 @@ class DiverseConfig(LoopConfig):
         teacher_steps: of either teacher, at `teacher_rate`.
         teacher_rate: their learning rate.
         module_rate: learning rate of the module over that of the student.
-        weight, logits, ground, ask, entropy, temperature: see `effjax.distill.Diverse`.
+        weight, logits, ground, ask, entropy, temperature: see `effjax.distill.Diverse`; the best of the claim's.
         skip_after: step after which teachers of low importance are left out, example by example; 0 for never.
         batch: images a step.
     """
@@ -70,12 +70,12 @@ class DiverseConfig(LoopConfig):
     teacher_steps: int = 1500
     teacher_rate: float = 2e-3
     module_rate: float = 0.1
-    weight: float = 0.3
+    weight: float = 1.0
     logits: float = 1.0
     ground: float = 0.5
     ask: float = 0.5
     entropy: float = 0.05
-    temperature: float = 2.0
+    temperature: float = 4.0
     skip_after: int = 500
     batch: int = 64
     steps: int = 1500

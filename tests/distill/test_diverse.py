@@ -66,7 +66,7 @@ def log_softmax(z):
 
 
 def by_hand(params, committee, batch, c):
-    """The sheet's steps, one example and one teacher after the other."""
+    """The terms, one example and one teacher after the other."""
     student, module = params["student"], params["module"]
     rows = []
     for b in range(len(batch.y)):
