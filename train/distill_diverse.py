@@ -122,8 +122,8 @@ def read_images(config: DiverseConfig) -> tuple[Images, Images]:
             raise ConfigError(
                 "the digits come with scikit-learn, which is missing: install it, or name --data"
             ) from None
-        digits = load_digits()
-        images, labels = digits.images, digits.target
+        images, labels = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8)
     else:
         try:
             with np.load(config.data) as file:

@@ -203,8 +203,8 @@ def distill(config: LmDistillConfig) -> dict[str, float] | None:
 
     def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
         sums = [np.asarray(judged(trained, frozen, taught, w, v)) for w, v in in_batches(heldout, config.batch)]
-        means = [float(total) / len(heldout) for total in np.asarray(sums, np.float64).sum(0)]
-        return dict(zip(("teacher_loss", "heldout_loss", "divergence"), means, strict=True))
+        values = np.stack(sums).sum(0, dtype=np.float64) / len(heldout)
+        return dict(zip(("teacher_loss", "heldout_loss", "divergence"), map(float, values), strict=True))
 
     before = evaluate(trained, frozen)
     count, whole = (sum(math.prod(x.shape) for x in _leaves(o.model.params)) for o in (student, teacher))

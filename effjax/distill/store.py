@@ -77,7 +77,8 @@ class TeacherStore:
             name: np.concatenate([self.shards[shard][name].read_rows(at, at + 1) for shard, at in where])
             for name in ("labels", "log_probs", "tail")
         }
-        return TopK(**read | {"labels": read["labels"].astype(np.int32)}, temperature=self.config.temperature)
+        read["labels"] = read["labels"].astype(np.int32)
+        return TopK(**read, temperature=self.config.temperature)
 
     def check_windows(self, windows: Int[np.ndarray, "windows length"]) -> None:
         """Refuses windows that the store was not made of.
