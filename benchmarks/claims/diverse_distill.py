@@ -37,7 +37,7 @@ TEACHERS, LABELLED, TEST = 1000, 300, 700  # images: of the teachers, of these t
 STUDENT, FOUNDATION, COMPLEMENTARY = (16, 10, 10, 10), (64, 256, 128, 10), (16, 96, 64, 10)
 STEPS, BATCH = 1500, 64
 # Of the student: a small one, which the steps do not suffice for, and the best. 1e-2 was worse for all arms; at 4e-2
-# some were better by up to 0.8 points in tuning, and students of single splits died.
+# some were better by up to 0.8 points in tuning, and single splits fell far behind.
 RATES = {"short": 2e-3, "long": 2e-2}
 CHOSEN: dict[str, Chosen] = {
     "short": {
