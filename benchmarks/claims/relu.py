@@ -26,8 +26,7 @@ from benchmarks.language_models import Task, embedded
 from effjax.evaluate.loss import next_token_nll
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import DecoderApply
-from effjax.models.intercept import intercepted, layer_of
-from effjax.sparsity.neurons import active_neurons, changed_neurons
+from effjax.sparsity.neurons import active_neurons, changed_neurons, gate_inputs
 from effjax.sparsity.relu import flops_share, relufy, shift_for, zero_shares
 from effjax.sparsity.reuse import independent_unused, reuse_mask, shuffled_neurons, unused_fraction
 
@@ -62,20 +61,6 @@ def loss_of(apply: Any, params: Any, windows: np.ndarray) -> float:
     """Nats a token."""
     step = jax.jit(lambda p, w: next_token_nll(apply({"params": p}, w[:, :-1]), w[:, 1:]).mean())
     return statistics.mean(float(step(params, windows[i : i + 8])) for i in range(0, len(windows), 8))
-
-
-def gate_inputs(task: Task) -> jax.Array:
-    """What the gates' activations of the model are applied to, on 8 windows of the pool."""
-    seen: list[jax.Array] = []
-
-    def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        y = call(*args, **kwargs)
-        if layer_of(context, "mlp", "gate_proj") is not None:
-            seen.append(y)
-        return y
-
-    intercepted(task.model.config, see)({"params": task.model.params}, task.calibration(0, 8))
-    return jnp.concatenate([x.reshape(-1) for x in seen])
 
 
 def sparsity(config: DecoderConfig, params: Any, windows: np.ndarray) -> dict[str, float]:
@@ -137,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="of training, of every arm")
     args = parser.parse_args(argv)
     task = embedded()
-    gates = gate_inputs(task)
+    gates = gate_inputs(task.model.config, task.model.params, jnp.asarray(task.calibration(0, 8)))
     shifts = {name: shift_for(gates, share) for name, share in CUT.items()}
     runs = [judge(task, seed, args.steps, shifts) for seed in args.seeds]
     mean = {arm: {key: statistics.mean(run[arm][key] for run in runs) for key in runs[0][arm]} for arm in runs[0]}

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +23,8 @@ import effjax as ej
 from benchmarks.bars import Bar, conclude
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import Decoder, DecoderApply, new_cache
-from effjax.models.intercept import intercepted, layer_of
 from effjax.sparsity.by_neuron import by_neuron, neuron_apply
+from effjax.sparsity.neurons import gate_inputs
 from effjax.sparsity.relu import flops_share, relufy, shift_for
 
 CONFIG = DecoderConfig(
@@ -39,20 +38,6 @@ CONFIG = DecoderConfig(
 ZEROS = (0.62, 0.9, 0.95)
 CHECKED = 5
 FILLED = 64  # tokens in the cache
-
-
-def gate_inputs(params: Any, tokens: jax.Array) -> jax.Array:
-    """What the gates' activations are applied to, in all layers."""
-    seen: list[jax.Array] = []
-
-    def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        y = call(*args, **kwargs)
-        if layer_of(context, "mlp", "gate_proj") is not None:
-            seen.append(y)
-        return y
-
-    intercepted(CONFIG, see)({"params": params}, tokens)
-    return jnp.concatenate([x.reshape(-1) for x in seen])
 
 
 def sides(config: DecoderConfig, params: Any) -> dict[str, Callable[[jax.Array], jax.Array]]:
@@ -93,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     tokens = jax.random.randint(jax.random.key(2), (2, 64), 0, CONFIG.vocab_size)
     params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), tokens)["params"]
-    gates = gate_inputs(params, tokens)
+    gates = gate_inputs(CONFIG, params, tokens)
     table = Table(title=f"{CONFIG.num_hidden_layers} layers of {CONFIG.hidden_size} x {CONFIG.intermediate_size}")
     for column in ("zeros", "tokens", "dense ms", "by neuron ms", "dense / by neuron", "each turn", "work left"):
         table.add_column(column)

@@ -68,3 +68,29 @@ def active_neurons(
 
     changed_neurons(config, see)({"params": params}, tokens)
     return jnp.stack([seen[layer] for layer in range(config.num_hidden_layers)])
+
+
+def gate_inputs(
+    config: DecoderConfig, params: PyTree, tokens: Int[Array, "batch length"]
+) -> Float[Array, "layers batch length neurons"]:
+    """What the activation of every neuron is applied to, before any shift: the gate, or `up` where there is none.
+
+    For `effjax.sparsity.shift_for`.
+
+    Example:
+        >>> from effjax.models.embedded import load_default
+        >>> model = load_default()
+        >>> gate_inputs(model.config, model.params, jnp.arange(8)[None]).shape
+        (4, 1, 8, 640)
+    """
+    seen: list[Array] = []
+    name = "up_proj" if config.is_opt else "gate_proj"
+
+    def see(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        if layer_of(context, "mlp", name) is not None:
+            seen.append(y)
+        return y
+
+    intercepted(config, see)({"params": params}, tokens)
+    return jnp.stack(seen)

@@ -44,7 +44,7 @@ def shift_for(preactivations: Float[Array, "*any"], sparsity: float) -> float:
     """The smallest shift of a ReLU at which a share of these values is cut to 0.
 
     Args:
-        preactivations: what a gate's activation is applied to, of a calibration text.
+        preactivations: what a gate's activation is applied to, of a calibration text (`neurons.gate_inputs`).
         sparsity: the share, between 0 and 1.
 
     Raises:

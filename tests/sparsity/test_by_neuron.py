@@ -15,7 +15,7 @@ from effjax.models.generate import generate
 from effjax.models.speculative import Model, generate_speculative
 from effjax.sparsity.by_neuron import by_neuron, chosen_apply, neuron_apply, used_apply
 from effjax.sparsity.generate_reusing import generate_reusing
-from effjax.sparsity.neurons import active_neurons, changed_neurons
+from effjax.sparsity.neurons import active_neurons, changed_neurons, gate_inputs
 from tests.models.small import SMALL
 
 RELU = dataclasses.replace(SMALL, hidden_act="relu", relu_shift=0.5)
@@ -168,3 +168,15 @@ def test_bad_arguments_are_named():
     biased = dataclasses.replace(RELU, model_type="llama", mlp_bias=True)
     with pytest.raises(ConfigError, match="this model's gates have biases"):
         by_neuron(biased, params)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu", "opt"])
+def test_what_activations_are_applied_to(name):
+    config = CONFIGS[name]
+    params = init(config)
+    gates = gate_inputs(config, params, jnp.asarray(TOKENS))
+    shifted = gates - config.relu_shift
+    if name == "silu":
+        assert gates.shape == (2, 2, 7, config.intermediate_size) and (gates < 0).any()
+    else:
+        np.testing.assert_array_equal(shifted > 0, active_neurons(config, params, jnp.asarray(TOKENS)))
