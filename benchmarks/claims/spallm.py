@@ -32,7 +32,7 @@ from effjax.sketch import LqLora, SpaLLM, for_users, partition_tables, scale_by_
 
 SEEDS = (0, 1, 2)
 STEPS, BATCH, LENGTH = 250, 8, 64
-RATES = tuple(2e-3 * 2.5**i for i in range(-2, 6))  # a sweep goes on until the best has worse neighbours
+RATES = tuple(2e-3 * 2.5 ** (i / 2) for i in range(-4, 12))  # a sweep goes on until the best has worse neighbours
 SHAKESPEARE = "text/tiny_shakespeare/input.txt"
 ALIKE = {2: 2, 3: 4, 4: 8}  # bits of one table a column, and the rank of as many trainable values
 DOWN = "*/mlp/down_proj/kernel"  # its 172 inputs are four groups of 43, where others have one of 64
@@ -53,7 +53,7 @@ class Arm:
     name: str
     make: Callable[[Any, Any, jax.Array], Any]
     split: Callable[[Any], tuple[Any, Any]]
-    guess: int = 3
+    guess: int = 6
     relative: bool = False
 
 
@@ -97,14 +97,14 @@ def kernels(params: Any) -> tuple[Any, Any]:
 
 
 def arms() -> list[Arm]:
-    tuned: dict[str, Any] = {"split": partition_tables, "guess": 5, "relative": True}
+    tuned: dict[str, Any] = {"split": partition_tables, "guess": 10, "relative": True}
     found = [Arm("SpaLLM G=4, 2 bits", sketch(2, 4), **tuned)]
     for bits, rank in ALIKE.items():
         found.append(Arm(f"SpaLLM G=1, {bits} bits", sketch(bits, 1), **tuned))
-        found.append(Arm(f"QLoRA rank {rank}, {bits} bits", with_lora(rounded(bits), rank), ej.partition_adapters, 4))
+        found.append(Arm(f"QLoRA rank {rank}, {bits} bits", with_lora(rounded(bits), rank), ej.partition_adapters, 8))
     for bits, rank in ALIKE.items():  # rounded to nearest, no more: the baseline where the bars were set
         plain = with_lora(rounded(bits, "absmax"), rank)
-        found.append(Arm(f"QLoRA rank {rank}, {bits} bits unclipped", plain, ej.partition_adapters, 4))
+        found.append(Arm(f"QLoRA rank {rank}, {bits} bits unclipped", plain, ej.partition_adapters, 8))
     rank = ALIKE[2]
     found.append(Arm("LoRA rank 2 on the sketch, 2 bits", with_lora(sketch(2, 1), rank), ej.partition_adapters))
     found.append(Arm("LQ-LoRA rank 2, 2 bits", by_turns(2, rank), ej.partition_adapters))

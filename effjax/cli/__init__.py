@@ -1,6 +1,5 @@
 """The command line: `effjax plan · compress · convert · verify · eval · generate · calibrate-kv · report`."""
 
-import _thread
 import signal
 import sys
 import threading
@@ -107,8 +106,8 @@ class _terminated_like_interrupted:
 
     def _send_again(self, unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            # Not from here: what is raised inside this hook would be lost as well.
-            threading.Timer(0.01, _thread.interrupt_main, (signal.SIGTERM,)).start()
+            # Not from here: what is raised inside this hook would be lost as well. To the thread, which may wait.
+            threading.Timer(0.01, signal.pthread_kill, (threading.get_ident(), signal.SIGTERM)).start()
         else:
             self.previous_hook(unraisable)
 

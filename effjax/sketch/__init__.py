@@ -8,6 +8,7 @@ from effjax.sketch.lq_lora import LqLora
 from effjax.sketch.representer import RepresenterSketch, build_sketch, query_sketch
 from effjax.sketch.representer_file import load_sketch, save_sketch
 from effjax.sketch.representer_kernel import RepresenterKernel, distillation_loss, init_representer
+from effjax.sketch.representer_refit import refit_sketch
 from effjax.sketch.roast import ROAST
 from effjax.sketch.serving import for_users, of_user, stack_tables
 from effjax.sketch.sharing import SharedParams, expand, share_params
@@ -39,6 +40,7 @@ __all__ = [
     "of_user",
     "partition_tables",
     "query_sketch",
+    "refit_sketch",
     "robe_lookup",
     "save_sketch",
     "scale_by_spread",
