@@ -1,7 +1,6 @@
 """Three classifiers with wide output layers, each as its last layer and the queries that reach it."""
 
 import dataclasses
-import gzip
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from benchmarks.tagged import read_tagged
 
 Queries = tuple[jax.Array, jax.Array]  # float32 [n, d] and labels int32 [n, several], padded with -1
 
@@ -123,14 +124,8 @@ def delicious(data: Path, seed: int) -> WideLayer:
     """Pages described by 500 words, 983 tags of which a page has 19: one hidden layer of 128, with dropout."""
 
     def read(part: str) -> tuple[np.ndarray, np.ndarray]:
-        with gzip.open(data / "extreme" / "delicious" / f"{part}.txt.gz", "rt") as file:
-            rows, features, _ = map(int, file.readline().split())
-            x, tags = np.zeros((rows, features), np.float32), []
-            for i, line in enumerate(file):
-                of_row, _, words = line.rstrip("\n").partition(" ")
-                tags.append([int(tag) for tag in of_row.split(",") if tag])
-                x[i, [int(word.split(":")[0]) for word in words.split()]] = 1
-        y = np.full((rows, max(map(len, tags))), -1, np.int32)
+        x, tags = read_tagged(data, "delicious", part)
+        y = np.full((len(x), max(map(len, tags))), -1, np.int32)
         for i, row in enumerate(tags):
             y[i, : len(row)] = row
         return x, y

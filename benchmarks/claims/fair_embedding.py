@@ -19,6 +19,7 @@ from benchmarks.bars import Bar, conclude
 from effjax.sketch import Subspace, average
 
 SEEDS = (0, 1, 2)
+RATES = (1e-2, 3e-2, 1e-1)  # of devices
 TOP = 20
 INIT = 0.1  # deviation of vectors at the start
 
@@ -345,9 +346,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="directory that holds recsys/ml-1m-implicit; without it only synthetic data")
     data = parser.parse_args().data
-    quarter = compare("synthetic, 30 % 1x, 70 % 4x", [synthetic(s, 4) for s in SEEDS], (1e-2, 3e-2), ARMS)
+    quarter = compare("synthetic, 30 % 1x, 70 % 4x", [synthetic(s, 4) for s in SEEDS], RATES, ARMS)
     tiny = {name: ARMS[name] for name in ("FAIR", "FAIR, delta", "small devices dropped", "low rank (FedHM)")}
-    small = compare("synthetic, 30 % 1x, 70 % 32x", [synthetic(s, 32) for s in SEEDS], (1e-2, 3e-2), tiny)
+    small = compare("synthetic, 30 % 1x, 70 % 32x", [synthetic(s, 32) for s in SEEDS], RATES, tiny)
     mean = {name: statistics.mean(values) for name, values in quarter.items()}
     little = {name: statistics.mean(values) for name, values in small.items()}
     bars = {
@@ -361,7 +362,7 @@ def main() -> int:
     }
     figures: dict[str, Any] = {"synthetic 4x": quarter, "synthetic 32x": small}
     if data:
-        real = compare("ml-1m, 2x, 8x and 64x", [movielens(data, s) for s in SEEDS], (1e-2, 3e-2), REAL)
+        real = compare("ml-1m, 2x, 8x and 64x", [movielens(data, s) for s in SEEDS], RATES, REAL)
         figures["ml-1m"] = real
         mean = {name: statistics.mean(values) for name, values in real.items()}
         best = max(mean["FAIR"], mean["FAIR, delta"])

@@ -61,8 +61,9 @@ def init_representer(
     kind: Kind = "euclidean",
     width: float = 1.5,
     hashes: int = 2,
+    projection: Float[Array, "in dim"] | None = None,
 ) -> RepresenterKernel:
-    """A kernel to be trained: Gaussian projection, representers at projected inputs, small random weights.
+    """A kernel to be trained: representers at projected inputs, small random weights.
 
     Args:
         key: for the draw.
@@ -72,9 +73,12 @@ def init_representer(
         dim: of the projection, 2 to 16 as a rule.
         points: number of representers; a sketch does not grow with it.
         kind, width, hashes: of the kernel.
+        projection: to begin with, up to its scale; None for a Gaussian one. A kernel hardly sees what is far, and many
+            inputs need long until they have taught it where to look: the first layer of a network that was distilled
+            through a linear layer of `dim` is a better start than noise.
 
     Raises:
-        ValueError: a size that is not positive, or an unknown kind.
+        ValueError: a size that is not positive, an unknown kind, or a projection of another shape.
 
     Example:
         >>> x = jax.random.normal(jax.random.key(0), (100, 20))
@@ -88,7 +92,10 @@ def init_representer(
         raise ValueError(f"kind={kind!r}: choose 'euclidean' or 'angular'")
     for_projection, for_points, for_alpha = jax.random.split(key, 3)
     n, features = inputs.shape
-    projection = jax.random.normal(for_projection, (features, dim))
+    if projection is None:
+        projection = jax.random.normal(for_projection, (features, dim))
+    elif projection.shape != (features, dim):
+        raise ValueError(f"projection of shape {projection.shape}: must be ({features}, {dim}), inputs by dim")
     z = inputs @ projection
     apart = jnp.sqrt(2 * jnp.sum(jnp.var(z, axis=0)) + 1e-12)
     scale = width / apart

@@ -179,12 +179,25 @@ def test_gradients_are_finite_at_representers(kind):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+def test_a_projection_is_begun_with_up_to_its_scale():
+    given = jax.random.normal(jax.random.key(9), (12, 2))
+    for factor in (1.0, 100.0):
+        made = init_representer(jax.random.key(1), X, outputs=1, dim=2, points=10, width=3.0, projection=factor * given)
+        scale = made.projection[0, 0] / given[0, 0]
+        np.testing.assert_allclose(made.projection, scale * given, rtol=1e-5)
+        pairs = np.square(np.asarray(X @ made.projection)[:, None] - np.asarray(X @ made.projection)[None]).sum(-1)
+        assert np.sqrt(pairs.mean()) == pytest.approx(3.0, rel=1e-4)  # two inputs are a width apart
+        rows = {tuple(row) for row in np.asarray(X @ made.projection).round(4).tolist()}
+        assert {tuple(row) for row in np.asarray(made.points).round(4).tolist()} <= rows
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"dim": 0}, "dim=0: a positive number"),
         ({"width": -1.0}, "width=-1.0: a positive number"),
         ({"kind": "cosine"}, "kind='cosine': choose 'euclidean' or 'angular'"),
+        ({"projection": X[:5, :2]}, r"projection of shape \(5, 2\): must be \(12, 2\), inputs by dim"),
     ],
 )
 def test_wrong_kernel_options(options, text):
