@@ -11,7 +11,7 @@ from kernels_cpu import _build
 
 SOURCES = pathlib.Path(kernels_cpu.__file__).parent
 DRIVERS = pathlib.Path(__file__).with_name("sanitized")
-FLAGS = ("-O1", "-g", "-std=c++17", "-w", "-pthread", "-fno-sanitize-recover=all", f"-I{SOURCES}")
+FLAGS = ("-O1", "-g1", "-std=c++17", "-w", "-pthread", "-fno-sanitize-recover=all", f"-I{SOURCES}")
 KERNELS = ("quant", "codebook", "nm", "nomad", "attention", "representer", "label_top_k", "sparse_mlp", "cpu")
 
 
