@@ -9,8 +9,9 @@ import pytest
 import effjax
 import kernels_cpu
 import kernels_pallas
+import train
 
-PACKAGES = (effjax, kernels_cpu, kernels_pallas)
+PACKAGES = (effjax, kernels_cpu, kernels_pallas, train)
 MODULES = sorted(m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}."))
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import tyro
 
 from effjax.errors import ConfigError, EffjaxError
+from train.processes import is_main, join
 
 
 def run(
     config: type, train: Callable[[Any], Mapping[str, float] | None], *, prog: str, description: str | None
 ) -> None:
     """Trains as the command line says; an error that effjax raised on purpose is one line and exit code 1.
+
+    Joins the other processes where the environment names some (`train.processes.join`).
 
     Args:
         config: the dataclass that holds the options, `out` among them.
@@ -24,10 +27,11 @@ def run(
     """
     try:
         options = tyro.cli(config, prog=prog, description=description)
+        join()
         figures = train(options)
     except EffjaxError as error:
         sys.exit(f"error: {error}")
-    if figures is not None:
+    if figures is not None and is_main():
         print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         print(f"wrote {options.out / 'model'}")
 
@@ -54,6 +58,6 @@ def same_settings(config: Any, passing: Collection[str], **named: str) -> None:
                     f"{config.out} was begun with {name}={begun.get(name)!r}, not {value!r}: go on with the same"
                 )
         return
-    if not (config.out / "checkpoints").exists():
+    if is_main() and not (config.out / "checkpoints").exists():
         config.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -28,8 +28,11 @@ from effjax.distill import (
 from effjax.errors import ConfigError
 from effjax.io.checkpoint import save_checkpoint
 from train.command import same_settings
+from train.config import LoopConfig
 from train.finetune import PASSING
-from train.loop import LoopConfig, fit, make_optimizer
+from train.loop import fit
+from train.processes import is_main, to_host
+from train.step import make_optimizer
 
 LO, HI = halves(1)
 
@@ -177,7 +180,7 @@ def train_teacher(config: DiverseConfig, name: str, widths: tuple[int, ...], x: 
     state = fit(loss_fn, lambda key: init_mlp(key, widths), batch_at, loop, config.out / name, resume=config.resume)
     if int(state.step) < config.teacher_steps:
         return None
-    params = jax.tree.map(np.asarray, state.params)
+    params = to_host(state.params)
     return Teacher(params=params, apply_lo=LO, apply_hi=HI, split_dim=widths[1], out_dim=widths[2])
 
 
@@ -258,6 +261,7 @@ def distill(config: DiverseConfig) -> dict[str, float] | None:
         f"# A student of a committee\n\nAccuracy on {len(heldout.labels)} held-out images: {figures['accuracy']:.4f}; "
         f"foundation teacher {figures['foundation']:.4f}, complementary teacher {figures['complementary']:.4f}.\n"
     )
-    student = jax.tree.map(np.asarray, strip(state.params))
-    save_checkpoint(config.out / "model", student, config=described, card=card, overwrite=True)
+    student = strip(to_host(state.params))
+    if is_main():
+        save_checkpoint(config.out / "model", student, config=described, card=card, overwrite=True)
     return figures

@@ -24,8 +24,10 @@ from effjax.models.decoder import Decoder
 from effjax.models.hf import LoadedModel
 from effjax.paths import leaves_with_paths
 from train.command import same_settings
+from train.config import LoopConfig
 from train.finetune import PASSING, computing, in_batches, read_windows
-from train.loop import LoopConfig, fit
+from train.loop import fit
+from train.processes import is_main, to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,6 @@ class LmDistillConfig(LoopConfig):
         batch: windows a step.
         context: tokens a window predicts.
         heldout: share of the windows, at the end of the text, that is judged on.
-        dtype: what the teacher, and the student's activations, are computed in.
     """
 
     text: Path
@@ -73,7 +74,6 @@ class LmDistillConfig(LoopConfig):
     batch: int = 16
     context: int = 128
     heldout: float = 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"
     steps: int = 1000
     warmup: int = 50
 
@@ -143,12 +143,12 @@ def teacher_store(config: LmDistillConfig, teacher: Opened, apply: Any, windows:
     assert config.store is not None
     kept = StoreConfig(k=min(config.top_k, teacher.model.config.vocab_size), temperature=config.temperature)
     logits = jax.jit(lambda params, tokens: apply({"params": params}, tokens))
-    params = computing(teacher.model.params, config.dtype)
+    params = computing(teacher.model.params, config.compute_dtype)
 
     def progress(done: int, total: int) -> None:
         print(f"teacher {done}/{total} windows", flush=True)
 
-    inputs, options = windows[:, :-1], {"teacher": f"{teacher.name} {config.dtype}", "batch": config.batch}
+    inputs, options = windows[:, :-1], {"teacher": f"{teacher.name} {config.compute_dtype}", "batch": config.batch}
     return write_store(config.store, lambda x: logits(params, x), inputs, kept, progress=progress, **options)
 
 
@@ -166,9 +166,9 @@ def distill(config: LmDistillConfig) -> dict[str, float] | None:
     same_settings(config, PASSING, **named, student=Path(config.student).name if config.student else "")
     ask, answer = (ej.lift(Decoder(opened.model.config).apply) for opened in (teacher, student))
     stored, codes = ej.partition(student.model.params)
-    trained, fixed = ej.partition(computing(student.model.params, config.dtype))
+    trained, fixed = ej.partition(computing(student.model.params, config.compute_dtype))
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    taught = computing(teacher.model.params, config.dtype)
+    taught = computing(teacher.model.params, config.compute_dtype)
     zeros = zeros_of(student.model.params)
     store = teacher_store(config, teacher, ask, windows) if config.store is not None else None
     frozen = {"student": fixed, "zeros": zeros} | ({"teacher": taught} if store is None else {})
@@ -216,19 +216,21 @@ def distill(config: LmDistillConfig) -> dict[str, float] | None:
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")
         return None
-    leaves = [np.asarray(x).astype(s.dtype) for x, s in zip(*map(jax.tree.leaves, (state.params, stored)), strict=True)]
+    found = to_host(state.params)
+    leaves = [x.astype(s.dtype) for x, s in zip(*map(jax.tree.leaves, (found, stored)), strict=True)]
     tuned = with_zeros(ej.combine(jax.tree.unflatten(jax.tree.structure(stored), leaves), codes), zeros)
-    after = evaluate(ej.partition(computing(tuned, config.dtype))[0], frozen)
+    after = evaluate(ej.partition(computing(tuned, config.compute_dtype))[0], frozen)
     tokenizer = (student if student.model.tokenizer is not None else teacher).model.tokenizer
-    save_checkpoint(
-        config.out / "model",
-        tuned,
-        config=student.model.config.to_hf(),
-        recipe=None if student.recipe is None else student.recipe.to_dict(),
-        tokenizer_json=tokenizer.to_str(),
-        card=_card(config, teacher, before, after, count),
-        overwrite=True,
-    )
+    if is_main():
+        save_checkpoint(
+            config.out / "model",
+            tuned,
+            config=student.model.config.to_hf(),
+            recipe=None if student.recipe is None else student.recipe.to_dict(),
+            tokenizer_json=tokenizer.to_str(),
+            card=_card(config, teacher, before, after, count),
+            overwrite=True,
+        )
     return after | {"perplexity": math.exp(after["heldout_loss"])}
 
 

@@ -26,10 +26,14 @@ from effjax.recipe import Recipe, apply_recipe, parse_method
 from effjax.sketch import partition_tables, scale_by_spread
 from effjax.sparsity.relu import relufy
 from train.command import run, same_settings
-from train.loop import LoopConfig, fit, make_optimizer
+from train.config import LoopConfig
+from train.loop import fit
+from train.processes import is_main, to_host
+from train.step import make_optimizer
 
 RATES = {"spallm": 2e-2, "lora": 5e-3, "qlora": 5e-3, "full": 5e-4}
-PASSING = ("out", "resume", "mesh", "log_every", "eval_every", "save_every", "keep", "stop_at")  # may change on the way
+# What may change on the way.
+PASSING = ("out", "resume", "mesh", "log_every", "eval_every", "save_every", "keep", "tensorboard", "stop_at")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,6 @@ class FinetuneConfig(LoopConfig):
         context: tokens a window predicts.
         heldout: share of the windows, at the end of the text, that is judged on.
         calibration: windows of the text that a sketch is calibrated on.
-        dtype: what activations and trained values are computed in.
         learning_rate: peak; for "spallm" the share of an output's spread that a step moves its tables by. None takes
             one that did well for the method; the best depends on the model too: try several.
     """
@@ -75,7 +78,6 @@ class FinetuneConfig(LoopConfig):
     context: int = 128
     heldout: float = 0.1
     calibration: int = 64
-    dtype: Literal["float32", "bfloat16"] = "float32"
     steps: int = 250
     learning_rate: float | None = None  # type: ignore[override]  # filled in below
     warmup: int = 10
@@ -206,7 +208,7 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     same_settings(config, PASSING, text=config.text.name, model=Path(config.model).name)
     params, recipe = compressed(opened, config, train)
     stored, kept = split(params, config.method)
-    trained, frozen = split(computing(params, config.dtype), config.method)
+    trained, frozen = split(computing(params, config.compute_dtype), config.method)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)  # also where the file holds 16 bits
     apply = ej.lift(Decoder(opened.model.config).apply)
 
@@ -240,15 +242,17 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")
         return None
-    leaves = [np.asarray(x).astype(s.dtype) for x, s in zip(*map(jax.tree.leaves, (state.params, stored)), strict=True)]
+    found = to_host(state.params)
+    leaves = [x.astype(s.dtype) for x, s in zip(*map(jax.tree.leaves, (found, stored)), strict=True)]
     tuned = ej.combine(jax.tree.unflatten(jax.tree.structure(stored), leaves), kept)
-    after = evaluate(split(computing(tuned, config.dtype), config.method)[0], frozen)["heldout_loss"]
+    after = evaluate(split(computing(tuned, config.compute_dtype), config.method)[0], frozen)["heldout_loss"]
     tokenizer = opened.model.tokenizer.to_str()
     files = {"card": _card(config, opened, before, after, count), "tokenizer_json": tokenizer}
     described = None if recipe is None else recipe.to_dict()
-    save_checkpoint(
-        config.out / "model", tuned, config=opened.model.config.to_hf(), recipe=described, overwrite=True, **files
-    )
+    if is_main():
+        save_checkpoint(
+            config.out / "model", tuned, config=opened.model.config.to_hf(), recipe=described, overwrite=True, **files
+        )
     return {"before": before, "heldout_loss": after, "perplexity": math.exp(after)}
 
 

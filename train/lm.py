@@ -25,8 +25,10 @@ from effjax.models.decoder import Decoder
 from effjax.models.generate import generate_text
 from effjax.models.hf import LoadedModel, save_hf
 from train.command import run
+from train.config import LoopConfig
 from train.lm_card import write_card
-from train.loop import LoopConfig, fit
+from train.loop import fit
+from train.processes import is_main, to_host
 
 BOS, EOS = "<s>", "</s>"
 PROMPTS = ("This module", "If the object is", 'The "with" statement', "")
@@ -131,7 +133,7 @@ def make_loss(model: Decoder, *, noise: float):
 
 def _nats(model: Decoder, params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy of each target, [batch, length]."""
-    logits = jnp.asarray(model.apply({"params": params}, inputs))
+    logits = jnp.asarray(model.apply({"params": params}, inputs), jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
@@ -201,16 +203,18 @@ def train(config: LmConfig) -> dict[str, float] | None:
         resume=config.resume,
         evaluate=evaluate,
     )
-    if int(state.step) >= first:
+    if is_main() and int(state.step) >= first:
         before.append(f"{command_of(config)}  # steps {first} to {int(state.step)}")
         history.write_text("".join(line + "\n" for line in before))
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")
         return None
 
-    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), state.params)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), to_host(state.params))
     rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     heldout_figures = evaluate(rounded)
+    if not is_main():
+        return heldout_figures
     loaded = LoadedModel(config=shape, params=jax.device_put(rounded), tokenizer=tokenizer, source="default")
     records = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     seen = config.steps * config.batch * config.context

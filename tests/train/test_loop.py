@@ -1,8 +1,13 @@
-"""The training loop: learning, exact resume after SIGTERM and after a crash, meshes, metrics, errors."""
+"""The training loop: learning, exact resume after SIGTERM, a crash and kill -9, meshes, metrics, errors."""
 
 import json
 import os
 import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import chex
 import jax
@@ -11,17 +16,13 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.errors import ConfigError
-from train.loop import (
-    LoopConfig,
-    NonFiniteLossError,
-    init_state,
-    make_mesh,
-    make_optimizer,
-    make_step,
-    partition_spec,
-)
+from effjax.errors import CheckpointError, ConfigError
+from effjax.io.safetensors_file import read_entries
+from train.config import LoopConfig
+from train.loop import NonFiniteLossError
 from train.loop import fit as fit_loop
+from train.sharding import make_mesh, partition_spec
+from train.step import init_state, make_optimizer, make_step
 
 WIDTH, BATCH = 16, 64
 CONFIG = LoopConfig(steps=10, learning_rate=0.1, warmup=2, save_every=4, log_every=5, seed=3)
@@ -117,18 +118,46 @@ def test_a_run_is_not_overwritten_by_accident(uninterrupted):
         fit(out)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "data=4,fsdp=2", "fsdp=8"])
+KILLED = """
+import sys, time, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from pathlib import Path
+from tests.train.test_loop import batch_at, fit
+fit(Path(sys.argv[1]), batches=lambda step: (time.sleep(0.05), batch_at(step))[1])
+"""
+
+
+def test_resume_after_kill_9_gives_identical_losses_and_parameters(uninterrupted, tmp_path):
+    expected, out = uninterrupted
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, stdout=subprocess.DEVNULL)
+    log, limit = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 6) and time.monotonic() < limit:
+        time.sleep(0.005)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL, "it was to be killed before it ends"
+    chex.assert_trees_all_equal(fit(tmp_path, resume=True), expected)
+    assert losses(tmp_path) == losses(out)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
 def test_same_losses_on_eight_devices(uninterrupted, tmp_path, mesh):
     expected, out = uninterrupted
-    config = LoopConfig(**{**vars(CONFIG), "mesh": mesh})
-    state = fit(tmp_path, config)
+    config = LoopConfig(
+        **{
+            **vars(CONFIG),
+            "mesh": mesh,
+        }
+    )
+    rules = [("in/kernel", jax.P("fsdp", "tensor")), ("*", jax.P())] if "tensor" in mesh else None
+    state = fit(tmp_path, config, rules=rules)
     here, there = losses(tmp_path), losses(out)
     np.testing.assert_allclose([here[s] for s in there], list(there.values()), rtol=1e-4)
     chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected.params), rtol=1e-3, atol=1e-4)
-    fsdp = dict(make_mesh(mesh).shape)["fsdp"]
+    sizes = make_mesh(mesh).shape
     for tree in (state.params, optax.tree.get(state.opt_state, "mu")):
         kernel = tree["in"]["kernel"]
-        assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
+        assert kernel.addressable_shards[0].data.size == kernel.size // (sizes["fsdp"] * sizes["tensor"])
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(uninterrupted, tmp_path):
@@ -177,11 +206,15 @@ def test_nan_stops_before_anything_bad_is_saved(tmp_path):
         return {**batch, "y": batch["y"] * np.float32(np.nan)} if step == 5 else batch
 
     with pytest.raises(
-        NonFiniteLossError, match=r"loss is nan .* at step 6: lower learning_rate=0.1 or resume from step 4"
+        NonFiniteLossError,
+        match=r"nan at step 6, whose batch is in .*: lower learning_rate=0.1 or resume from step 4 in ",
     ):
         fit(tmp_path, batches=poisoned)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert max(losses(tmp_path)) == 5
+    kept = read_entries(tmp_path / "failed_step_6.safetensors")
+    np.testing.assert_array_equal(kept["x"].read(), batch_at(5)["x"])
+    assert np.isnan(kept["y"].read()).all()
 
 
 def test_evaluation_runs_when_asked_and_at_the_end(tmp_path):
@@ -189,6 +222,49 @@ def test_evaluation_runs_when_asked_and_at_the_end(tmp_path):
     fit(tmp_path, config, evaluate=lambda params: {"size": jnp.sum(jnp.abs(params["out"]["kernel"]))})
     records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [record["step"] for record in records if "size" in record] == [4, 8, 10]
+
+
+def test_event_files_hold_what_the_lines_hold(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    config = LoopConfig(**{**vars(CONFIG), "tensorboard": True, "steps": 3})
+    fit(tmp_path, config)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, found = file.read_bytes(), {}
+    while data:  # length, its checksum, an event, its checksum
+        (size,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+    assert {step: found[step, "loss"] for step in (1, 2, 3)} == losses(tmp_path)
+    assert {tag for _, tag in found} == {"loss", "grad_norm", "count", "seconds"}
+
+
+def test_a_checkpoint_of_another_model_is_refused(uninterrupted):
+    _, out = uninterrupted
+    with pytest.raises(CheckpointError, match="checkpoint 10 in checkpoints does not hold the state of this run"):
+        fit_loop(loss_fn, lambda key: {"in": jnp.ones(3)}, batch_at, CONFIG, out, resume=True)
+
+
+def test_data_that_end_are_an_error_after_their_last_step(tmp_path):
+    class Short:
+        def __init__(self):
+            self.done = 0
+
+        def __next__(self):
+            if self.done == 3:
+                raise StopIteration
+            self.done += 1
+            return batch_at(self.done)
+
+        def get_state(self):
+            return self.done
+
+        def set_state(self, state):
+            self.done = state
+
+    with pytest.raises(ConfigError, match="the data end after 3 of steps=10: repeat them"):
+        fit(tmp_path, batches=Short())
+    assert list(losses(tmp_path)) == [1, 2, 3]
 
 
 def test_partition_spec_takes_the_largest_dimension_that_fits():
@@ -202,10 +278,12 @@ def test_partition_spec_takes_the_largest_dimension_that_fits():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_mesh("tensor=2"), "cannot read 'tensor=2'; write axis=size with axes data, fsdp"),
+        (lambda: make_mesh("model=2"), "cannot read 'model=2'; write axis=size with axes data, fsdp, tensor"),
         (lambda: make_mesh("data=0"), "cannot read 'data=0'"),
         (lambda: make_mesh("data=3,fsdp=3"), "needs 9 devices, 8 exist: lower an axis"),
         (lambda: LoopConfig(steps=0), "steps=0: must be at least 1"),
+        (lambda: LoopConfig(accumulate=0), "accumulate=0: must be at least 1"),
+        (lambda: LoopConfig(compute_dtype="int8"), "compute_dtype='int8': must be float32 or bfloat16"),
         (lambda: LoopConfig(steps=5, warmup=5), "warmup=5: must be at least 0 and below steps=5"),
     ],
 )
