@@ -190,7 +190,7 @@ class Batches:
         total = sys.maxsize if self.epochs is None else self.epochs * len(self.examples)
         return total // self.batch
 
-    def read(self, step: int, rows: slice) -> Batch:
+    def read(self, step: int, rows: slice | np.ndarray) -> Batch:
         """Some rows of one batch.
 
         Args:
@@ -272,9 +272,9 @@ class _StepBatches:
     def __next__(self) -> Batch:
         batch = self._batch_at(self._step)
         self._step += 1
-        leaves = jax.tree.leaves(batch)
-        rows = process_rows(self._across, len(leaves[0]))
-        return jax.tree.map(lambda x: x[rows], batch)
+        count = len(jax.tree.leaves(batch)[0])
+        rows = process_rows(self._across, count)
+        return batch if len(rows) == count else jax.tree.map(lambda x: x[rows], batch)
 
     def get_state(self) -> dict[str, int]:
         return {"next_index": self._step}

@@ -24,7 +24,7 @@ from train.input import Source, open_source
 from train.metrics import MetricsLog, means, progress
 from train.processes import is_main, stop_flag
 from train.program import build
-from train.sharding import Rules, make_mesh, params_layout
+from train.sharding import Rules, make_mesh
 from train.step import LossFn, Metrics, TrainState
 
 
@@ -69,7 +69,10 @@ def fit(
     """
     out, mesh = Path(out), make_mesh(config.mesh)
     program = build(loss_fn, init, config, mesh, frozen=frozen, optimizer=optimizer, rules=rules)
-    rest = () if frozen is None else (jax.device_put(frozen, params_layout(frozen, mesh)[0]),)
+    rest = () if frozen is None else (frozen,)
+    if jax.process_count() > 1:  # arrays of this process alone; as numpy they may go to the devices of all
+        rest = jax.tree.map(np.asarray, rest)
+    rest = jax.device_put(rest, jax.tree.map(lambda x: x.sharding, program.frozen))
     with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", config.keep) as checkpoints, stop_flag() as stop:
         batches, latest = open_source(data, program.across), checkpoints.latest
         if latest is None:
@@ -153,7 +156,7 @@ class _Recorder(contextlib.ExitStack):
             record |= {name: float(value) for name, value in evaluate().items()}
         if is_main():
             self._log.write(record)
-            self._show(record)
+            self._show(record, evaluate is not None)
         self._read_at = time.perf_counter()
 
     def _failed(self, record: Mapping[str, float], batch: Any) -> str:

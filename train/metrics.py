@@ -85,12 +85,15 @@ def _event_writer(folder: Path, first: int) -> Any:
 
 
 @contextmanager
-def progress(config: LoopConfig, first: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+def progress(config: LoopConfig, first: int) -> Iterator[Callable[[Mapping[str, float], bool], None]]:
     """A live bar on a terminal, a plain line every `log_every` steps elsewhere.
 
     Args:
         config: steps and how often.
         first: steps done when the run goes on.
+
+    Yields:
+        `(record, evaluated)`: shows a step; one that was evaluated has a line of its own.
     """
     speed: deque[float] = deque(maxlen=50)
 
@@ -104,7 +107,8 @@ def progress(config: LoopConfig, first: int) -> Iterator[Callable[[Mapping[str, 
         with Progress(*columns) as bar:
             task = bar.add_task("training", total=config.steps, completed=first)
 
-            def live(record: Mapping[str, float]) -> None:
+            def live(record: Mapping[str, float], evaluated: bool) -> None:
+                del evaluated
                 speed.append(record["count"] / record["seconds"])
                 bar.update(task, completed=record["step"], description=describe(record))
 
@@ -113,10 +117,10 @@ def progress(config: LoopConfig, first: int) -> Iterator[Callable[[Mapping[str, 
 
     began = time.perf_counter()
 
-    def line(record: Mapping[str, float]) -> None:
+    def line(record: Mapping[str, float], evaluated: bool) -> None:
         speed.append(record["count"] / record["seconds"])
         done = int(record["step"])
-        if done % config.log_every == 0 or done == config.steps or set(record) - BASE_FIELDS:
+        if done % config.log_every == 0 or done == config.steps or evaluated:
             left = (time.perf_counter() - began) / (done - first) * (config.steps - done)
             print(f"step {done}/{config.steps}  {describe(record)}  {left / 60:.1f} min left", flush=True)
 

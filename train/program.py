@@ -43,11 +43,6 @@ class Program:
     step: Any
 
     @property
-    def votes(self) -> NamedSharding:
-        """Sharding of one number a device."""
-        return NamedSharding(self.mesh, PartitionSpec(AXES))
-
-    @property
     def layout(self) -> TrainState:
         """Shardings of the state."""
         return jax.tree.map(lambda x: x.sharding, self.shapes)
@@ -78,16 +73,21 @@ class Program:
         if jax.process_count() == 1:
             return jax.device_put(batch, self.across)
         shards = self.across.num_devices // self.mesh.shape["tensor"]
-        own = process_rows(self.across, shards)
-        mine = own.stop - own.start  # of the shards, which all have as many rows
+        own = len(process_rows(self.across, shards))
 
         def whole(x: np.ndarray) -> jax.Array:
-            shape = (len(x) * shards // mine, *x.shape[1:])
-            return jax.make_array_from_process_local_data(self.across, np.asarray(x), shape)
+            rows = process_rows(self.across, len(x) * shards // own)
 
-        vote = np.full(jax.local_device_count(), stop, np.float32)
-        votes = jax.make_array_from_process_local_data(self.votes, vote, (self.mesh.size,))
-        return votes, jax.tree.map(whole, batch)
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                wanted = range(len(x) * shards // own)[index[0]]
+                first = int(np.searchsorted(rows, wanted.start))
+                return x[first : first + len(wanted)]
+
+            return jax.make_array_from_callback((len(x) * shards // own, *x.shape[1:]), self.across, shard)
+
+        everyone = NamedSharding(self.mesh, PartitionSpec(AXES))
+        vote = np.full(1, stop, np.float32)
+        return jax.make_array_from_callback((self.mesh.size,), everyone, lambda _: vote), jax.tree.map(whole, batch)
 
 
 def build(

@@ -54,7 +54,7 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
         raise ConfigError(f"mesh {spec!r} needs {wanted} devices, {len(devices)} exist: lower an axis")
     if wanted < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ConfigError(f"mesh {spec!r} has {wanted} devices, the processes {len(devices)}: raise an axis")
-    return Mesh(np.asarray(devices[:wanted]).reshape(tuple(sizes.values())), AXES, (AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:wanted])
 
 
 def partition_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
@@ -165,25 +165,24 @@ def bytes_per_device(tree: Any, layout: Any) -> int:
     return sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x, s in pairs)
 
 
-def process_rows(across: NamedSharding, batch: int) -> slice:
+def process_rows(across: NamedSharding, batch: int) -> np.ndarray:
     """The rows of a batch that this process has to read: those of its devices.
 
     Args:
         across: sharding of a batch's leading axis.
         batch: rows of the whole batch.
 
+    Returns:
+        int64, ascending; not always neighbours, as the mesh follows the wires between the devices.
+
     Raises:
-        ConfigError: rows that do not divide over the devices, or a mesh that scatters those of a process.
+        ConfigError: rows that do not divide over the devices.
     """
     shards = math.prod(across.mesh.shape[axis] for axis in BATCH_AXES)
     if batch % shards:
         raise ConfigError(f"a batch of {batch} rows does not divide over {_sizes(across.mesh.shape)}: make it divide")
     indices = across.addressable_devices_indices_map((batch,)).values()
-    spans = {index[0].indices(batch)[:2] for index in indices if index is not None}
-    start, stop = min(first for first, _ in spans), max(last for _, last in spans)
-    if sum(last - first for first, last in spans) != stop - start:
-        raise ConfigError(f"the rows {sorted(spans)} of this process are not together: give `tensor` a smaller size")
-    return slice(start, stop)
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices if index is not None]))
 
 
 def _left_whole(name: str, shape: Any, wanted: PartitionSpec, fitted: PartitionSpec, mesh: Mesh) -> list[str]:
