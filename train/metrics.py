@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,7 +30,8 @@ def means(step: int, measured: Metrics) -> dict[str, float]:
         >>> means(3, {"loss": (6.0, 4.0), "hits": (0.0, 0.0)})
         {'step': 3, 'loss': 1.5, 'hits': 0.0, 'count': 4.0}
     """
-    values = {name: (float(total), float(count)) for name, (total, count) in measured.items()}
+    read = jax.device_get(measured)  # all at once
+    values = {name: (float(total), float(count)) for name, (total, count) in read.items()}
     record = {name: total / count if count else total for name, (total, count) in values.items()}
     return {"step": step} | record | {"count": values["loss"][1]}
 

@@ -4,8 +4,8 @@
 
 Every part runs in processes of its own. The bare step is the same jitted step on one batch that lies on the device: no
 input, no metrics, no file. The run that is killed reads array_record files and saves every five steps; its losses and
-its last parameters are compared bit for bit with those of a run that nobody disturbed. The part `tpu` compiles a decoder
-of 1.1 billion parameters for 16 chips of v5e by libtpu (the extra `aot`); it is left out where that is missing.
+its last state are compared bit for bit with those of a run that nobody disturbed. The part `tpu` compiles a decoder of
+1.1 billion parameters for 16 chips of v5e by libtpu (the extra `aot`); it is left out where that is missing.
 """
 
 import argparse
@@ -252,8 +252,8 @@ def meshes() -> dict[str, Any]:
             "temporary": memory.temp_size_in_bytes,
         }
         print(
-            f"{name:24} loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}, differs by {found[name]['difference']:.1e};"
-            f" on a device {held / 1e6:.3f} MB of state, {program.state_bytes[1] / 1e6:.3f} by arithmetic, "
+            f"{name:24} loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}, off by {found[name]['difference']:.1e}; "
+            f"on a device {held / 1e6:.3f} MB of state, {program.state_bytes[1] / 1e6:.3f} by arithmetic, "
             f"{memory.temp_size_in_bytes / 1e6:.2f} temporary",
             flush=True,
         )
@@ -267,7 +267,7 @@ def tpu() -> dict[str, Any]:
     chips = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
     batch = {"tokens": jax.ShapeDtypeStruct((32, 1025), "int32")}
     found: dict[str, Any] = {}
-    for mesh in ("data=16", "fsdp=16", "fsdp=4,tensor=4"):
+    for mesh in ("fsdp=16", "fsdp=4,tensor=4", "data=16"):
         config = LoopConfig(steps=20, warmup=2, compute_dtype="bfloat16", accumulate=2)
         program = build(loss_of(BILLION), init_of(BILLION), config, make_mesh(mesh, chips))
         whole, each = program.state_bytes
