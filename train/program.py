@@ -76,14 +76,15 @@ class Program:
         own = len(process_rows(self.across, shards))
 
         def whole(x: np.ndarray) -> jax.Array:
-            rows = process_rows(self.across, len(x) * shards // own)
+            count = len(x) * shards // own
+            rows = process_rows(self.across, count)
 
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
-                wanted = range(len(x) * shards // own)[index[0]]
+            def shard(index: Any) -> np.ndarray:
+                wanted = range(count)[index[0]]
                 first = int(np.searchsorted(rows, wanted.start))
                 return x[first : first + len(wanted)]
 
-            return jax.make_array_from_callback((len(x) * shards // own, *x.shape[1:]), self.across, shard)
+            return jax.make_array_from_callback((count, *x.shape[1:]), self.across, shard)
 
         everyone = NamedSharding(self.mesh, PartitionSpec(AXES))
         vote = np.full(1, stop, np.float32)

@@ -55,7 +55,7 @@ BILLION = DecoderConfig(
 )
 CHIP = 16e9  # bytes of a v5e's memory
 MESHES = ("data=1", "data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
-KILL_STEPS, KILL_BATCH, VOCABULARY, WIDTH = 300, 16, 256, 128
+KILL_STEPS, KILL_BATCH, VOCABULARY, WIDTH = 150, 16, 256, 128
 
 
 def loss_of(shape: DecoderConfig) -> Any:
