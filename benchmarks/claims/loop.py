@@ -203,7 +203,7 @@ def kill(kills: int) -> dict[str, Any]:
             saving += any("tmp" in path.name for path in (folder / "killed").glob("checkpoints/*"))
             print(f"kill {index + 1}: exit {run.returncode}, last line of step {moments[-1]}", flush=True)
         killed = _finish(folder / "killed")
-        print(f"{kills} kills in {time.perf_counter() - began:.0f} s, {saving} of them while a checkpoint was written")
+        print(f"{kills} kills in {time.perf_counter() - began:.0f} s, {saving} of them left a checkpoint half written")
     different = sum(a != b for a, b in zip(whole[0], killed[0], strict=True))
     return {"kills": kills, "moments": moments, "saving": saving, "different": different, "same": whole[1] == killed[1]}
 
