@@ -135,6 +135,7 @@ def test_every_mesh_loses_the_same_and_memory_of_a_device_falls_as_arithmetic_sa
     for found in losses.values():
         np.testing.assert_allclose(found, losses["data=1"], rtol=2e-5)
     assert losses["data=1"][2] < losses["data=1"][0]
+    assert built.shapes.params["embed"]["embedding"].sharding.spec == P(("fsdp", "tensor"), None)
     small = 3 * 3 * 64 * 4 + 3 * 4 + 8  # three norms and their moments, three counters and a key stay whole
     assert taken["data=1"] == whole == 3 * 4 * (2 * 96 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64) + 3 * 4 + 8
     assert taken["fsdp=8"] == (whole - small) // 8 + small
