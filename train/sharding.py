@@ -19,7 +19,7 @@ BATCH_AXES = ("data", "fsdp")  # what rows of a batch are spread over; `tensor` 
 Rules = Sequence[tuple[Where | re.Pattern[str], PartitionSpec]]
 
 # The decoder's matrices: the first of a pair is cut by outputs, the second by inputs, so that one sum ends both. The
-# table of tokens is cut by tokens: cut by features, it would cut all activations so, and move them three times as often.
+# table of tokens is cut by tokens: cut by features, it would cut all activations so and move them three times as often.
 RULES: Rules = (
     (re.compile(r"(^|/)((q|k|v|gate|up)_proj|lm_head)/kernel$"), PartitionSpec("fsdp", "tensor")),
     (re.compile(r"(^|/)((q|k|v|gate|up)_proj)/bias$"), PartitionSpec("tensor")),
