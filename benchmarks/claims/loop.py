@@ -5,7 +5,7 @@
 Every part runs in processes of its own. The bare step is the same jitted step on one batch that lies on the device: no
 input, no metrics, no file. The run that is killed reads array_record files and saves every five steps; its losses and
 its last state are compared bit for bit with those of a run that nobody disturbed. The part `tpu` compiles a decoder of
-1.1 billion parameters for 16 chips of v5e by libtpu (the extra `aot`); it is left out where that is missing.
+155 million parameters for 16 chips of v5e by libtpu (the extra `aot`); it is left out where that is missing.
 """
 
 import argparse
@@ -43,17 +43,16 @@ MILLION = DecoderConfig(
 FOUR_MILLION = DecoderConfig(
     vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4
 )
-BILLION = DecoderConfig(
+LARGE = DecoderConfig(
     vocab_size=32000,
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=8,
+    num_attention_heads=16,
     num_key_value_heads=4,
     scan_layers=True,
     remat=True,
 )
-CHIP = 16e9  # bytes of a v5e's memory
 MESHES = ("data=1", "data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
 KILL_STEPS, KILL_BATCH, VOCABULARY, WIDTH = 150, 16, 256, 128
 
@@ -265,26 +264,16 @@ def tpu() -> dict[str, Any]:
     from jax.experimental import topologies
 
     chips = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
-    batch = {"tokens": jax.ShapeDtypeStruct((32, 1025), "int32")}
+    batch = {"tokens": jax.ShapeDtypeStruct((64, 513), "int32")}
     found: dict[str, Any] = {}
     for mesh in ("fsdp=16", "fsdp=4,tensor=4", "data=16"):
-        config = LoopConfig(steps=20, warmup=2, compute_dtype="bfloat16", accumulate=2)
-        program = build(loss_of(BILLION), init_of(BILLION), config, make_mesh(mesh, chips))
+        config = LoopConfig(steps=20, warmup=2, compute_dtype="bfloat16")
+        program = build(loss_of(LARGE), init_of(LARGE), config, make_mesh(mesh, chips))
         whole, each = program.state_bytes
-        try:
-            memory = program.lower(batch).compile().memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            print(
-                f"v5e:4x4 {mesh:16} state {each / 1e9:.2f} GB of {whole / 1e9:.2f}: refused, does not fit",
-                flush=True,
-            )
-            found[mesh] = {"fits": 0, "arithmetic": each}
-            continue
+        memory = program.lower(batch).compile().memory_analysis()
         held = memory.argument_size_in_bytes
         taken = held + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        found[mesh] = {"fits": 1, "arithmetic": each, "state": held, "taken": taken}
+        found[mesh] = {"arithmetic": each, "state": held, "taken": taken}
         print(
             f"v5e:4x4 {mesh:16} state {each / 1e9:.2f} GB of {whole / 1e9:.2f}, arguments {held / 1e9:.2f}, "
             f"with all that is temporary {taken / 1e9:.2f}",
@@ -332,12 +321,11 @@ def judge(found: dict[str, Any]) -> dict[str, Bar]:
         bars["8 devices: state on a device, fsdp=8 over data=8"] = Bar(fsdp / data, high=0.13)
     if found.get("tpu"):
         chips = found["tpu"]
-        bars["v5e:4x4: replicated state fits a chip"] = Bar(chips["data=16"]["fits"], high=0)
-        for mesh in ("fsdp=16", "fsdp=4,tensor=4"):
-            bars[f"v5e:4x4 {mesh}: arguments over arithmetic"] = Bar(
-                chips[mesh]["state"] / chips[mesh]["arithmetic"], low=1, high=1.02
-            )
-            bars[f"v5e:4x4 {mesh}: bytes on a chip over its memory"] = Bar(chips[mesh]["taken"] / CHIP, high=1)
+        for mesh, arm in chips.items():
+            bars[f"v5e:4x4 {mesh}: arguments over arithmetic"] = Bar(arm["state"] / arm["arithmetic"], low=1, high=1.02)
+        bars["v5e:4x4: all bytes of a chip, fsdp=16 over data=16"] = Bar(
+            chips["fsdp=16"]["taken"] / chips["data=16"]["taken"], high=0.5
+        )
     return bars
 
 
