@@ -9,8 +9,10 @@ its last state are compared bit for bit with those of a run that nobody disturbe
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -142,7 +144,7 @@ def build_across() -> Any:
 
 def _looped(shape: DecoderConfig, data: Batches, config: LoopConfig, steps: int) -> float:
     clocked = _Clocked(data)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         fit(loss_of(shape), init_of(shape), clocked, config, Path(folder) / "run")
     return (clocked.times[steps + 7] - clocked.times[7]) / steps
 
@@ -293,9 +295,9 @@ def _part(name: str, *rest: Any) -> Any:
     assert run.stdout is not None
     last = ""
     for line in run.stdout:
-        if last:
-            print(last, end="", flush=True)
         last = line
+        if not line.startswith("{"):
+            print(line, end="", flush=True)
     if run.wait():
         raise RuntimeError(f"the part {name} ended with exit code {run.returncode}: {last}")
     return json.loads(last)
