@@ -28,7 +28,7 @@ def means(step: int, measured: Metrics) -> dict[str, float]:
 
     Example:
         >>> means(3, {"loss": (6.0, 4.0), "hits": (0.0, 0.0)})
-        {'step': 3, 'loss': 1.5, 'hits': 0.0, 'count': 4.0}
+        {'step': 3, 'hits': 0.0, 'loss': 1.5, 'count': 4.0}
     """
     read = jax.device_get(measured)  # all at once
     values = {name: (float(total), float(count)) for name, (total, count) in read.items()}
