@@ -7,9 +7,10 @@ share, the next 64 are read with what is left. kvpress runs in an environment of
 index where `--environment` has none; it gets the model as a Hugging Face directory and the windows as an array.
 
 `ObservedAttention` is kvpress's relative of H2O: the mean attention over queries, and no newest tokens that stay. It is
-listed, but not a twin. Its `PyramidKV` gives all layers one budget where the last would keep less than the window, as
-it would at a quarter and an eighth. The others choose the same tokens by the same rule; where two differ, it is by ties
-and roundings of the scores. "Noise" is twice the standard error of the paired difference over windows.
+listed, but not a twin. Its `PyramidKV` gives all layers one budget where the last would keep less than the window, ours
+where the last would keep less than two tokens besides the window: both do at a quarter and an eighth. The others choose
+the same tokens by the same rule; where two differ, it is by ties and roundings of the scores. "Noise" is twice the
+standard error of the paired difference over windows.
 """
 
 import argparse

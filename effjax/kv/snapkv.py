@@ -12,6 +12,8 @@ from effjax.kv.checks import check_whole
 from effjax.kv.importance import Importance
 from effjax.kv.method import RankedMethod
 
+_NARROWEST = 2  # tokens that the paper's smallest caches leave the last layer besides the window: (64 - 8) // 20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(RankedMethod):
@@ -71,6 +73,8 @@ class PyramidKV(SnapKV):
     """`SnapKV` with budgets that fall linearly from the first layer to the last, their mean `budget`.
 
     Besides the window, the last layer has `(budget - window) / beta` tokens and the first what makes the mean right.
+    Where that leaves the last layer less than 2, the least that the paper has, all layers keep `budget` as with
+    `SnapKV`: a layer that chooses next to nothing is a loss that the others do not make good.
 
     Attributes:
         budget: mean of the layers', a whole number or a share.
@@ -83,6 +87,8 @@ class PyramidKV(SnapKV):
     Example:
         >>> PyramidKV(budget=128, window=28, beta=10).layer_budgets(4)
         (218, 158, 98, 38)
+        >>> PyramidKV(budget=46, window=28, beta=10).layer_budgets(4)
+        (46, 46, 46, 46)
 
     Source: Cai et al., PyramidKV (2024), section 3.
     """
@@ -97,12 +103,12 @@ class PyramidKV(SnapKV):
 
     def layer_budgets(self, layers: int) -> tuple[int, ...]:
         budget = super().layer_budgets(layers)[0]
-        if layers == 1:
-            return (budget,)
         extra = budget - self.window
         least = extra // self.beta
+        if layers == 1 or least < _NARROWEST:
+            return (budget,) * layers
         steps = [(2 * extra - 2 * least) * (layers - 1 - i) / (layers - 1) for i in range(layers)]
-        return tuple(self.window + max(1, least + round(step)) for step in steps)
+        return tuple(self.window + least + round(step) for step in steps)
 
     def of_layer(self, layer: int, layers: int) -> SnapKV:
         return SnapKV(budget=self.layer_budgets(layers)[layer], window=self.window, kernel=self.kernel, drop=self.drop)

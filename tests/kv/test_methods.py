@@ -158,13 +158,23 @@ def test_pyramid_gives_low_layers_more():
     assert sum(budgets) == 5 * 64 and budgets[-1] == 16 + 48 // 8
     assert np.ptp(np.diff(budgets)) <= 1 and budgets[0] > budgets[-1]
     assert method.layer_budgets(1) == (64,)
-    small = PyramidKV(budget=6, window=2, kernel=3, beta=4)
+    small = PyramidKV(budget=7, window=1, kernel=3, beta=3)
     cache = cache_for(small, [[SLOTS, 9]])
     after = kv_evict(cache, small)
-    assert after.layer_slots == small.layer_budgets(2) == (9, 3)
-    one = SnapKV(budget=3, window=2, kernel=3)
+    assert after.layer_slots == small.layer_budgets(2) == (11, 3)
+    one = SnapKV(budget=3, window=1, kernel=3)
     np.testing.assert_array_equal(after.positions[1], kv_evict(cache, one).positions[1])
     np.testing.assert_array_equal(small.keep(cache)[1], one.keep(cache)[1])
+
+
+def test_a_pyramid_without_a_top_is_flat():
+    """The last layer must have two tokens besides the window, or all keep what SnapKV does."""
+    method = PyramidKV(budget=9, window=3, kernel=3, beta=3)
+    assert method.layer_budgets(3) == (13, 9, 5)
+    flat = method.within(8)
+    assert flat.layer_budgets(3) == (8, 8, 8)
+    cache = cache_for(flat, [[SLOTS, 9]])
+    chex.assert_trees_all_equal(kv_evict(cache, flat), kv_evict(cache, SnapKV(budget=8, window=3, kernel=3)))
 
 
 def test_shares_become_whole_tokens():
