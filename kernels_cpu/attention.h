@@ -2,6 +2,7 @@
 //
 // For every row and key head, over the slots from `start` to `length`:
 //   w[g, s] = softmax_s(q[g] . k[s]),  y[g] = sum_s w[g, s] v[s],  received[s] = asked * sum_g w[g, s]
+// or, where pivotal slots are counted, 1 (or max_s w[g, s]) in place of w[g, s] above the threshold and 0 below.
 //
 // Integers are multiplied as they are: the caller has put the steps of a key's channels on `q`, and left out what is the
 // same for all slots; a value is `low[s] + step[s] * code`, whose `step` is put on the weight.
@@ -31,6 +32,8 @@ struct AttentionProblem {
   const float *low, *step;        // [heads, slots] of values, or null
   const int32_t *start, *length;  // [heads]
   const float* asked;             // [rows], or null where nothing is asked
+  float quantile, multiple;       // above that quantile, or multiple of the mean, a slot is pivotal; 0 for none
+  bool peaked;                    // counts a pivotal slot by the largest weight of the query
   float* y;                       // [heads, group, head_dim]
   float* received;                // [heads, slots], or null
 };

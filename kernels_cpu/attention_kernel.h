@@ -193,9 +193,35 @@ struct Head {
   }
 };
 
+// A number that parts `w`, none negative, so that `index` + 1 of the `count` are at most that: a range of bit patterns,
+// which order as the floats do, is halved. What lies behind, up to `stride`, is 0.
+inline float Parting(const float* w, int64_t count, int64_t stride, int64_t index) {
+  const int64_t wanted = index + 1 + stride - count;
+  int32_t low = 0, high = 0x3F800000;  // 1.0
+  for (int64_t found = -1; low < high && found != wanted;) {
+    const int32_t middle = low + (high - low) / 2;
+    const I bound = middle - I{};
+    I below = {};
+    for (int64_t s = 0; s < stride; s += kLanes) below -= Read<I>(w + s) <= bound;
+    found = 0;
+    for (int i = 0; i < kLanes; ++i) found += below[i];
+    (found >= wanted ? high : low) = found >= wanted ? middle : middle + 1;
+  }
+  float parting;
+  std::memcpy(&parting, &high, sizeof(parting));
+  return parting;
+}
+
+// Above which power a slot is pivotal, see `AttentionProblem`.
+inline float Threshold(const AttentionProblem& p, const float* w, int64_t count, int64_t stride, float inverse) {
+  const auto seen = static_cast<float>(count);
+  if (p.quantile <= 0.0f) return p.multiple / (inverse * seen);
+  return Parting(w, count, stride, static_cast<int64_t>(p.quantile * (seen - 1.0f)));
+}
+
 // Logits to weights of one query; returns what the sums of values are short of.
-inline float Softmax(float* w, int64_t count, int64_t stride, float asked, const float* low, const float* step,
-                     float* received) {
+inline float Softmax(const AttentionProblem& p, float* w, int64_t count, int64_t stride, float asked, const float* low,
+                     const float* step, float* received) {
   const F peak = Set(Largest(w, count, -3.0e38f));
   F total = {};
   for (int64_t s = 0; s < stride; s += kLanes) {  // what is behind the last slot is -3e38
@@ -205,10 +231,16 @@ inline float Softmax(float* w, int64_t count, int64_t stride, float asked, const
   }
   for (int64_t s = count; s < stride; ++s) w[s] = 0.0f;
   const float inverse = 1.0f / Sum(total);
+  const bool counts = received != nullptr && std::max(p.quantile, p.multiple) > 0.0f;
+  if (counts) {
+    const float threshold = Threshold(p, w, count, stride, inverse);
+    const float counted = p.peaked ? asked * inverse : asked;  // the largest power is 1
+    for (int64_t s = 0; s < count; ++s) received[s] += w[s] > threshold ? counted : 0.0f;
+  }
   float least = 0.0f;
   for (int64_t s = 0; s < count; ++s) {
     const float weight = w[s] * inverse;
-    if (received != nullptr) received[s] += asked * weight;
+    if (received != nullptr && !counts) received[s] += asked * weight;
     if (low != nullptr) least += weight * low[s];
     w[s] = step == nullptr ? weight : weight * step[s];
   }
@@ -256,7 +288,7 @@ void AttendHead(const AttentionProblem& p, int64_t head) {
   for (int64_t g = 0; g < p.group; ++g) {
     float* w = weights.get() + g * stride;
     std::fill(w + count, w + stride, -3.0e38f);
-    const float least = Softmax(w, count, stride, asked, low, step, received == nullptr ? nullptr : received + first);
+    const float least = Softmax(p, w, count, stride, asked, low, step, received == nullptr ? nullptr : received + first);
     std::fill(y + g * p.head_dim, y + (g + 1) * p.head_dim, least);
   }
   product(p.v.held, true);

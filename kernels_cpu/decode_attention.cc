@@ -42,7 +42,7 @@ bool Hold(const ffi::AnyBuffer& x, int64_t bits, const AttentionProblem& p, Slot
 ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                            ffi::Buffer<ffi::F32> low, ffi::Buffer<ffi::F32> step, ffi::Buffer<ffi::S32> start,
                            ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::F32> asked,
-                           ffi::Buffer<ffi::S32> table, int64_t k_bits, int64_t v_bits,
+                           ffi::Buffer<ffi::S32> table, int64_t k_bits, int64_t v_bits, float quantile, float multiple, bool peaked,
                            int64_t variant, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> received) {
   const auto dims = q.dimensions();
   if (dims.size() != 4 || k.dimensions().size() != 4) return Bad("q, k and v must have four axes");
@@ -59,6 +59,10 @@ ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
     p.row_pages = table.dimensions()[1];
     p.slots = p.page * p.row_pages;
   }
+  if (!(quantile < 1.0f)) return Bad("quantile is not below 1");
+  p.quantile = quantile;
+  p.multiple = multiple;
+  p.peaked = peaked;
   if (p.heads == 0 || p.group == 0) return ffi::Error::Success();
   if (p.slots == 0 || p.pages == 0) return Bad("k holds no slots");
   if (p.head_dim == 0 || p.head_dim % kMostAttentionLanes != 0) return Bad("head_dim is no multiple of 16");
@@ -120,6 +124,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxDecodeAttention, effjax::DecodeAttention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("k_bits")
                                   .Attr<int64_t>("v_bits")
+                                  .Attr<float>("quantile")
+                                  .Attr<float>("multiple")
+                                  .Attr<bool>("peaked")
                                   .Attr<int64_t>("variant")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -76,6 +76,9 @@ def decode_attention(a: "Question", *, variant: str = "auto") -> tuple[jax.Array
         jnp.zeros((0, 0), jnp.int32) if a.table is None else a.table,
         k_bits=np.int64(k_bits),
         v_bits=np.int64(v_bits),
+        quantile=np.float32(getattr(a.counts, "quantile", None) or 0),
+        multiple=np.float32(getattr(a.counts, "multiple", None) or 0),
+        peaked=a.counts is not None and a.counts.peaked,
         variant=np.int64(variants.VARIANTS[variant]),
     )
     y = _nibbles_together(y) if v_bits == 4 else y

@@ -29,6 +29,8 @@ class Importance:
             and does not depend on how a text was cut into calls.
         window: only the last `window` valid queries of a call count. Where a call is shorter, as a step of decoding is,
             what came before is scaled by `1 - queries / window`: the share of the window that it still makes up.
+        peaked: a query counts pivotal slots by its largest weight instead of by 1. One that attends to all slots alike
+            prefers none of them, and its ranks say little about what is needed; one that looks something up does.
 
     The default, with none of them, is the attention that each token has received since it was written.
 
@@ -44,6 +46,7 @@ class Importance:
     multiple: float | None = None
     history: int | None = None
     window: int | None = None
+    peaked: bool = False
 
     def __post_init__(self) -> None:
         if self.quantile is not None and not 0 < self.quantile < 1:
@@ -57,6 +60,8 @@ class Importance:
         for one, two in (("quantile", "multiple"), ("history", "window")):
             if getattr(self, one) is not None and getattr(self, two) is not None:
                 raise ConfigError(f"Importance: {one} and {two} exclude each other; leave one of them None")
+        if self.peaked and not self.counts_pivotal:
+            raise ConfigError("Importance: peaked is of pivotal slots; give quantile or multiple with it")
 
     @property
     def counts_pivotal(self) -> bool:
@@ -90,7 +95,10 @@ class Importance:
         inverse: Float[Array, "*any"],
         seen: Bool[Array, "*any slots"],
     ) -> Float[Array, "*any slots"]:
-        """1 where a slot is pivotal; the weights of attention are `powers * inverse`, powers at most 1."""
+        """What each slot is counted: 1 where it is pivotal, or the largest weight if `peaked`, and 0 elsewhere.
+
+        The weights of attention are `powers * inverse`; the largest power is 1, so the largest weight is `inverse`.
+        """
         visible = jnp.sum(seen, axis=-1, keepdims=True, dtype=jnp.int32)
         if self.multiple is not None:
             above = powers * inverse[..., None] * visible.astype(jnp.float32) > self.multiple
@@ -100,7 +108,8 @@ class Importance:
             bits = jax.lax.bitcast_convert_type(powers, jnp.int32)
             shown = jnp.where(seen, bits, jnp.iinfo(jnp.int32).max)
             above = bits > order_statistic(shown, index, low=0, high=_BITS_OF_ONE)
-        return (above & seen).astype(jnp.float32)
+        hits = (above & seen).astype(jnp.float32)
+        return hits * inverse[..., None] if self.peaked else hits
 
     def add(
         self,

@@ -12,6 +12,7 @@ from effjax.kv.cache import KVCache
 from effjax.kv.coded_vectors import CodedVectors
 from effjax.kv.held import read_slots, write_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
+from effjax.kv.nomad_slots import NomadSlots
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +36,11 @@ class LayerCache:
     length: Any
     received: Any = None
     importance: Importance = dataclasses.field(default=ATTENTION_RECEIVED, metadata={"static": True})
+
+    @property
+    def sums_inside(self) -> bool:
+        """Whether attention to keys as they are held gives what `importance` asks; looked up keys count no pivots."""
+        return not (self.importance.counts_pivotal and isinstance(self.k, NomadSlots))
 
     def write(
         self,

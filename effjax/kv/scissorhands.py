@@ -24,6 +24,9 @@ class Scissorhands(RankedMethod):
         history: queries that the count looks back on (`w`).
         quantile: of the weights of a query, above which a token is pivotal.
         multiple: of their mean instead; then `quantile` is None.
+        peaked: counts a pivotal token by the largest weight of the query, so that queries that attend evenly count
+            little. Not in the paper. With `quantile=0.5`, few newest tokens and budgets by layer it keeps more of what
+            is looked up later where much is evicted (`benchmarks/results/scissorhands.md`).
         drop: tokens that a full row loses at a time while decoding (`m`), see `RankedMethod`.
 
     Raises:
@@ -31,7 +34,7 @@ class Scissorhands(RankedMethod):
 
     Example:
         >>> Scissorhands(budget=64).importance
-        Importance(quantile=0.9, multiple=None, history=400, window=None)
+        Importance(quantile=0.9, multiple=None, history=400, window=None, peaked=False)
 
     Source: Liu et al., Scissorhands: persistence of importance (2023), section 4, algorithm 2.
     """
@@ -40,6 +43,7 @@ class Scissorhands(RankedMethod):
     history: int = 400
     quantile: float | None = 0.9
     multiple: float | None = None
+    peaked: bool = False
 
     def __post_init__(self) -> None:
         check_whole("Scissorhands", "recent", self.recent, 1)
@@ -53,7 +57,7 @@ class Scissorhands(RankedMethod):
 
     @property
     def importance(self) -> Importance:
-        return Importance(quantile=self.quantile, multiple=self.multiple, history=self.history)
+        return Importance(quantile=self.quantile, multiple=self.multiple, history=self.history, peaked=self.peaked)
 
     def newest(self, budget: int) -> int:
         return self.recent

@@ -5,6 +5,7 @@ FlashAttention (2022), though all slots of a run of queries are taken at once.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,6 +83,7 @@ def attend_to_filled(
     v: Any,
     length: Int[Array, "batch kv_heads"],
     asked: Float[Array, "batch 1"],
+    importance: Importance = ATTENTION_RECEIVED,
 ) -> tuple[Float[Array, "batch 1 kv_heads group head_dim"], Float[Array, "batch kv_heads slots"]]:
     """`attend_to_slots` of one query a row that sees every filled slot: what stays unread costs nothing.
 
@@ -92,19 +94,19 @@ def attend_to_filled(
     if isinstance(k, NomadSlots):
         y, received = k.attend(q[:, 0], v, length, asked[:, 0])
         return y[:, None], received
-    y, received = _attend_to_filled(q[:, 0], k, v, length, asked[:, 0])
+    y, received = _attend_to_filled(q[:, 0], k, v, length, asked[:, 0], importance)
     return y[:, None], received
 
 
-@jax.custom_jvp
-def _attend_to_filled(q: Array, k: Any, v: Any, length: Array, asked: Array) -> Any:
-    return decode_attention(q, k, v, length, asked=asked)
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _attend_to_filled(q: Array, k: Any, v: Any, length: Array, asked: Array, importance: Importance) -> Any:
+    return decode_attention(q, k, v, length, asked=asked, importance=importance)
 
 
 @_attend_to_filled.defjvp
-def _attend_to_filled_jvp(primals: Any, tangents: Any) -> Any:
+def _attend_to_filled_jvp(importance: Importance, primals: Any, tangents: Any) -> Any:
     def definition(q: Array, k: Any, v: Any, length: Array, asked: Array) -> Any:
-        return decode_attention(q, k, v, length, asked=asked, implementation="reference")
+        return decode_attention(q, k, v, length, asked=asked, importance=importance, implementation="reference")
 
     return jax.jvp(definition, primals, tangents)
 

@@ -139,9 +139,8 @@ class Attention(nn.Module):
             y, received = attend(q, k, v, seen(positions)), None
         else:  # what padding attends to does not count
             asked = cache.importance.query_weights(lengths, length)
-            one = length == 1 and c.sliding_window is None and not cache.importance.counts_pivotal
-            if isinstance(cache, LayerCache) and one:
-                y, received = attend_to_filled(q, *cache.operands(), cache.length, asked)
+            if isinstance(cache, LayerCache) and length == 1 and c.sliding_window is None and cache.sums_inside:
+                y, received = attend_to_filled(q, *cache.operands(), cache.length, asked, cache.importance)
             else:
                 if isinstance(cache, LayerCache):
                     k, v = (vectors.astype(x.dtype) for vectors in cache.read())

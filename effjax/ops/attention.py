@@ -26,7 +26,7 @@ _SHORT = 3 / 8
 _WORTH_BLOCKS = 512
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation"))
+@partial(jax.jit, static_argnames=("importance", "scale", "implementation"))
 def decode_attention(
     q: Float[Array, "batch kv_heads group head_dim"],
     k: Slots,
@@ -35,6 +35,7 @@ def decode_attention(
     *,
     start: Int[Array, "batch kv_heads"] | None = None,
     asked: Float[Array, " batch"] | None = None,
+    importance: Any = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads slots"] | None]:
@@ -50,6 +51,8 @@ def decode_attention(
         length: filled slots of every row and head; 0 gives zeros. What unfilled slots hold must be finite.
         start: the first slot that is seen, for sliding windows; 0 where None.
         asked: what the query of each row counts in the sums of `received`; None leaves them out.
+        importance: an `effjax.kv.Importance`; where it counts pivotal slots, sums are of what each of them counts and
+            0 for the others, in place of weights.
         scale: of the logits; `head_dim ** -0.5` where None.
         implementation: "reference" takes all slots at once; "blocked" goes block by block, as far as the longest row
             reaches; "either" finds out when it runs which of the two reads less; "cpu", "tpu" and "gpu" name kernels of
@@ -73,7 +76,7 @@ def decode_attention(
     Source: Pope et al., Efficiently scaling transformer inference (2022), on what a step of decoding reads; blocks of
     slots that are combined afterwards as in flash-decoding (Dao et al. 2023).
     """
-    question = make_question("decode_attention", q, k, v, length, start, asked, None, scale)
+    question = make_question("decode_attention", q, k, v, length, start, asked, None, scale, importance)
     return _answer("decode_attention", question, implementation)
 
 
@@ -154,7 +157,16 @@ def _kernel(name: str) -> ModuleType:
 
 
 def make_question(
-    where: str, q: Any, k: Any, v: Any, length: Any, start: Any, asked: Any, table: Any, scale: float | None
+    where: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    length: Any,
+    start: Any,
+    asked: Any,
+    table: Any,
+    scale: float | None,
+    importance: Any = None,
 ) -> Question:
     if q.ndim != 4:
         raise ConfigError(f"{where}: q must be [batch, kv_heads, group, head_dim], found {list(q.shape)}")
@@ -190,6 +202,7 @@ def make_question(
         asked=None if asked is None else asked.astype(jnp.float32),
         table=None if table is None else table.astype(jnp.int32),
         scale=head_dim**-0.5 if scale is None else float(scale),
+        counts=importance if importance is not None and importance.counts_pivotal else None,
     )
 
 

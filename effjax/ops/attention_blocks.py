@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax import _compat
 from effjax.ops.coded_slots import CodedSlots
@@ -29,6 +29,7 @@ class Question:
         asked: float32 `[batch]`, or None for no column sums.
         table: int32 `[batch, pages_per_row]`, or None.
         scale: of the logits.
+        counts: an `effjax.kv.Importance` that counts pivotal slots in `received`; None sums weights.
     """
 
     q: Any
@@ -39,6 +40,7 @@ class Question:
     asked: Any
     table: Any
     scale: float = dataclasses.field(metadata={"static": True})
+    counts: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -66,7 +68,7 @@ def reference(a: Question) -> tuple[Array, Array | None]:
     total = jnp.sum(powers, axis=-1)
     inverse = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
     y = (_values(powers, v) * inverse[..., None]).astype(a.q.dtype)
-    return y, None if a.asked is None else jnp.einsum("bhgs,bhg->bhs", powers, inverse * a.asked[:, None, None])
+    return y, None if a.asked is None else _received(a, powers, inverse, seen)
 
 
 def blocked(a: Question, block: int) -> tuple[Array, Array | None]:
@@ -106,6 +108,9 @@ def blocked(a: Question, block: int) -> tuple[Array, Array | None]:
     y = (y * inverse[..., None]).astype(a.q.dtype)
     if a.asked is None:
         return y, None
+    if a.counts is not None:  # thresholds are of all slots
+        seen = _between(a, jax.lax.broadcasted_iota(jnp.int32, kept[0].shape, 3))
+        return y, _received(a, jnp.where(seen, jnp.exp(kept[0] - peak[..., None]), 0.0), inverse, seen)
     shares = inverse * a.asked[:, None, None]
 
     def give(index: Array, received: Array) -> Array:
@@ -130,6 +135,17 @@ def _logits(a: Question, k: Array) -> Float[Array, "batch kv_heads group slots"]
 def _values(powers: Float[Array, "batch kv_heads group slots"], v: Array) -> Array:
     given = powers.astype(v.dtype)
     return jnp.einsum("bhgs,bhsd->bhgd", given, v, preferred_element_type=jnp.float32, precision=_precision(v.dtype))
+
+
+def _received(
+    a: Question,
+    powers: Float[Array, "batch kv_heads group slots"],
+    inverse: Float[Array, "batch kv_heads group"],
+    seen: Bool[Array, "batch kv_heads group slots"],
+) -> Float[Array, "batch kv_heads slots"]:
+    if a.counts is not None:
+        return jnp.einsum("b,bhgs->bhs", a.asked, a.counts.pivotal(powers, inverse, seen))
+    return jnp.einsum("bhgs,bhg->bhs", powers, inverse * a.asked[:, None, None])
 
 
 def _precision(dtype: Any) -> Any:

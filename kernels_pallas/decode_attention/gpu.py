@@ -72,6 +72,8 @@ def unfit(a: Question) -> str:
 
 
 def _reason(a: Question) -> str:
+    if a.asked is not None and a.counts is not None:
+        return "pivotal slots are to be counted: the kernel sums weights"
     _, _, group, head_dim = a.q.shape
     if jnp.dtype(a.q.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         return f"queries in {jnp.dtype(a.q.dtype).name}: the GPU kernel takes bfloat16 and float16"

@@ -62,6 +62,8 @@ def unfit(a: Question) -> str:
 
 
 def _reason(a: Question) -> str:
+    if a.asked is not None and a.counts is not None:
+        return "pivotal slots are to be counted: the kernel sums weights"
     if jnp.dtype(a.q.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"queries in {jnp.dtype(a.q.dtype).name}: a TPU multiplies bfloat16 and float32"
     for x, role in ((a.k, "keys"), (a.v, "values")):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.errors import ConfigError
+from effjax.kv import Importance
 from effjax.ops.attention import make_question as question
 from kernels_cpu import variants
 from kernels_cpu.decode_attention import AMONG, decode_attention, why_not
@@ -18,7 +19,7 @@ RUNNABLE = variants.runnable("decode_attention", AMONG)
 
 def answer(case, variant="auto", asked=True):
     sums = case.asked if asked else None
-    a = question("test", case.q, case.k, case.v, case.length, case.start, sums, case.table, None)
+    a = question("test", case.q, case.k, case.v, case.length, case.start, sums, case.table, None, case.importance)
     assert why_not(a) == ""
     return jax.jit(lambda a: decode_attention(a, variant=variant))(a)
 
@@ -61,6 +62,31 @@ def test_pages(variant, page, keys):
     """What the table says behind the last page that is needed does not matter."""
     case = random_case(batch=4, slots=page * 6, head_dim=32, page=page, keys=keys, window=True)
     assert_answers(case, answer(case, variant), 2e-6)
+
+
+@settings(max_examples=8)
+@given(
+    importance=st.sampled_from(
+        [Importance(quantile=0.9), Importance(quantile=0.05, peaked=True), Importance(multiple=1.5)]
+    ),
+    slots=st.integers(1, 400),
+    values=st.sampled_from(["dense", "token-8"]),
+    variant=st.sampled_from(RUNNABLE),
+    seed=st.integers(0, 99),
+)
+def test_pivotal_slots_are_counted(importance, slots, values, variant, seed):
+    case = random_case(2, 2, 5, slots, 32, values=values, window=True, seed=seed)
+    case.importance = importance
+    assert_answers(case, answer(case, variant), 2e-6)
+
+
+def test_equal_weights_are_all_pivotal_or_none():
+    """Above a quantile is none of them, above half the mean are all."""
+    case = random_case(slots=70)
+    case.q = 0 * case.q
+    for importance in (Importance(quantile=0.9), Importance(multiple=0.5)):
+        case.importance = importance
+        assert_answers(case, answer(case), 2e-6)
 
 
 def test_large_logits_do_not_overflow():

@@ -16,13 +16,14 @@ KINDS = {
     "quantile": Importance(quantile=0.9, history=7),
     "quantile, window": Importance(quantile=0.6, window=3),
     "multiple": Importance(multiple=2.0, history=400),
+    "peaked": Importance(quantile=0.5, history=9, peaked=True),
 }
 
 
 def given(importance, weights):
     """What a query of these weights gives to the slots that it sees, one head."""
     if importance.quantile is not None:
-        return (weights > np.quantile(weights, importance.quantile)).astype(float)
+        return (weights > np.quantile(weights, importance.quantile)) * (weights.max() if importance.peaked else 1.0)
     if importance.multiple is not None:
         return (weights > importance.multiple / len(weights)).astype(float)
     return weights

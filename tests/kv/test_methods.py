@@ -222,6 +222,7 @@ def test_methods_are_hashable_data():
         (lambda: Scissorhands(budget=40, history=0), "Importance: history must be .* at least 2, found 0"),
         (lambda: Importance(quantile=1.0), "quantile must be between 0 and 1, found 1.0"),
         (lambda: Importance(multiple=-1.0), "multiple must be a positive number, found -1.0"),
+        (lambda: Importance(history=4, peaked=True), "peaked is of pivotal slots; give quantile or multiple"),
         (lambda: Importance(window=3, history=4), "history and window exclude each other"),
         (lambda: SinkWindow(window=4).within((3, 4)), "all layers keep the same tokens, so the budget is one number"),
     ],
@@ -233,7 +234,7 @@ def test_refused_settings(make, message):
 
 def test_refused_caches():
     cache = filled([[5, 5]], slots=SLOTS)
-    with pytest.raises(ConfigError, match=r"TOVA ranks tokens by .*window=1\), but the scores .*importance="):
+    with pytest.raises(ConfigError, match=r"TOVA ranks tokens by .*window=1, .*\), but the scores .*importance="):
         kv_evict(cache, TOVA(budget=4))
     kv_evict(cache, SinkWindow(sinks=1, window=2))
     with pytest.raises(ConfigError, match=r"the budget \(4, 4, 4\) has 3 numbers but the cache 2 layers"):

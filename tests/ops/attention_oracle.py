@@ -26,10 +26,12 @@ class Case:
     keys: np.ndarray
     values: np.ndarray
     table: Any = None
+    importance: Any = None
 
     def answer(self, implementation=None, asked=True, **options):
         how = dict(start=self.start, asked=self.asked if asked else None, implementation=implementation, **options)
         if self.table is None:
+            how["importance"] = self.importance
             return decode_attention(self.q, self.k, self.v, self.length, **how)
         how["start"] = self.start[:, 0]
         return paged_decode_attention(self.q, self.k, self.v, self.table, self.length[:, 0], **how)
@@ -48,8 +50,19 @@ def exact(case, scale=None):
         powers = np.exp(logits - logits.max())
         weights = powers / powers.sum()
         y[b, h, g] = weights @ case.values[b, h, seen]
-        received[b, h, seen] += asked[b] * weights
+        received[b, h, seen] += asked[b] * _given(case.importance, weights)
     return y, received
+
+
+def _given(importance, weights):
+    """What a query of these weights gives to the slots that it sees."""
+    if importance is None:
+        return weights
+    if importance.quantile is not None:
+        pivotal = weights > np.quantile(weights, importance.quantile)
+    else:
+        pivotal = weights > importance.multiple / len(weights)
+    return pivotal * (weights.max() if importance.peaked else 1.0)
 
 
 def random_case(

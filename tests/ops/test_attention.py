@@ -1,5 +1,7 @@
 """`decode_attention` in plain JAX against float64: all slots at once and block by block, dense, coded and in pages."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effjax.errors import ConfigError
-from effjax.kv import KIVI
+from effjax.kv import KIVI, Importance
 from effjax.kv.coding import Coder
 from effjax.ops import CodedSlots, decode_attention, paged_decode_attention
 from effjax.ops.attention import block_slots, choose
@@ -63,6 +65,16 @@ def test_codes(implementation, keys, values):
 @pytest.mark.parametrize(("keys", "values"), [("dense", "dense"), ("channel-4", "cq-8-8")])
 def test_pages(implementation, keys, values):
     case = random_case(batch=3, slots=48, page=8, keys=keys, values=values, window=True)
+    assert_answers(case, case.answer(implementation), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN, None])
+@pytest.mark.parametrize(
+    "importance", [Importance(quantile=0.9), Importance(quantile=0.3, peaked=True), Importance(multiple=2.0)]
+)
+def test_pivotal_slots_are_counted(implementation, importance):
+    case = random_case(batch=3, slots=700, window=True)
+    case.importance = importance
     assert_answers(case, case.answer(implementation), 1e-6)
 
 
@@ -135,6 +147,8 @@ def test_what_is_chosen_for_accelerators(monkeypatch):
     assert chosen("cuda", **fitting) == chosen("cuda", page=16, **fitting) == "gpu"
     assert chosen("cuda", slots=64) == "reference"
     assert chosen("cuda", keys="channel-4", **fitting) == "blocked"
+    counting = dataclasses.replace(question(random_case(**fitting)), counts=Importance(quantile=0.9))
+    assert choose("cuda", counting) == choose("tpu", counting) == "reference" and choose("cpu", counting) == "cpu"
 
 
 def test_sums_are_left_out_when_nothing_is_asked():

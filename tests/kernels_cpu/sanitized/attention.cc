@@ -1,4 +1,5 @@
 // Attention of one query to slots as they are held, on buffers of exactly their size.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -59,6 +60,8 @@ void RunAttention(const char* name, const effjax::AttentionKernel* kernel) {
     p.k.held = held();
     p.v.held = held();
     p.head_dim = 32 * Draw(1, 3);
+    (Draw(0, 1) ? p.quantile : p.multiple) = 0.45f * static_cast<float>(Draw(0, 2));
+    p.peaked = Draw(0, 1);
     const auto bytes = [&](Held h) {
       return h == Held::kFloat32 ? 4 * p.head_dim : h == Held::kBfloat16 ? 2 * p.head_dim : h == Held::kBytes ? p.head_dim : p.head_dim / 2;
     };
@@ -104,7 +107,17 @@ void RunAttention(const char* name, const effjax::AttentionKernel* kernel) {
           }
           Compare(name, y[at + d], sum, magnitude, 1e-4);
         }
-        for (int64_t s = start[h]; s < length[h]; ++s) given[static_cast<size_t>(s)] += 1.5 * weights[static_cast<size_t>(s)] / total;
+        std::vector<double> sorted(weights.begin() + start[h], weights.begin() + std::max(start[h], length[h]));
+        std::sort(sorted.begin(), sorted.end());
+        const double seen = static_cast<double>(sorted.size());
+        for (int64_t s = start[h]; s < length[h]; ++s) {
+          const double weight = weights[static_cast<size_t>(s)] / total;
+          double share = weight;
+          const double counted = p.peaked && seen > 0 ? sorted.back() / total : 1.0;
+          if (p.quantile > 0) share = counted * (weights[static_cast<size_t>(s)] > sorted[static_cast<size_t>(p.quantile * static_cast<float>(seen - 1))]);
+          if (p.multiple > 0) share = counted * (weight * seen > p.multiple);
+          given[static_cast<size_t>(s)] += 1.5 * share;
+        }
       }
       if (p.received == nullptr) continue;
       for (int64_t s = 0; s < p.slots; ++s) Compare(name, received[h * p.slots + s], given[static_cast<size_t>(s)], 1, 1e-4);
