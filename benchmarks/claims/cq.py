@@ -79,6 +79,14 @@ def coupled(bits: tuple[int, ...], *, fisher: bool) -> dict[str, Any]:
     }
 
 
+def by_channel() -> dict[str, Any]:
+    """One bit, each channel of a centre weighed for itself; of single channels the same as above."""
+    return {
+        f"CQ-{c}c{b}b by channel": CQ(channels=c, bits=b, by_channel=True, iterations=ITERATIONS)
+        for c, b in COUPLED[1][1:]
+    }
+
+
 def between() -> dict[str, Any]:
     """Codes whose total lies between one and three bits, to set beside baselines of the same total."""
     return {f"CQ-{c}c{b}b Fisher": CQ(channels=c, bits=b, iterations=ITERATIONS) for c, b in ((4, 6), (2, 5))}
@@ -264,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     judged = coupled((1, 2), fisher=True) | {"CQ-8c8b uniform": CQ(fisher=False, iterations=ITERATIONS)}
     subject = embedded_subject()
     head_dim = subject.task.model.config.head_dim
-    first = judged | coupled((1,), fisher=False) | between() | baselines(head_dim)
+    first = judged | coupled((1,), fisher=False) | by_channel() | between() | baselines(head_dim)
     if not args.skip_four_bits:
         first |= coupled((4,), fisher=True)
     rows, table = run(subject, args.seeds, lambda i: first if i == 0 else judged)

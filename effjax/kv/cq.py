@@ -30,6 +30,8 @@ class CQ:
         channels: that share a code; must divide head_dim.
         bits: of a code, 1 to 10. Codes of up to 8 bits are packed, longer ones take 16.
         fisher: weighs tokens; False counts all alike.
+        by_channel: with `fisher`, a centre is the mean of its tokens channel by channel, each weighed by the square of
+            its own derivative, the diagonal of the Fisher matrix, instead of by their sum over the run.
         iterations: of k-means at most.
         table_dtype: of the stored centres; codes are those of the nearest stored one.
 
@@ -53,6 +55,7 @@ class CQ:
     channels: int = 8
     bits: int = 8
     fisher: bool = True
+    by_channel: bool = False
     iterations: int = 50
     table_dtype: str = "float16"
 
@@ -142,7 +145,7 @@ def _learn(method: CQ, groups: int, x: Array, grads: Array | None, key: Any) -> 
         # The largest gradient is taken out first: squares of what a loss of thousands of tokens gives may underflow.
         largest = jnp.max(jnp.abs(slopes))
         slopes = slopes / jnp.where(largest > 0, largest, 1.0)
-        weights = jnp.sum(jnp.square(slopes), axis=-1)
+        weights = jnp.square(slopes) if method.by_channel else jnp.sum(jnp.square(slopes), axis=-1)
         return vector_kmeans(points, weights, 2**method.bits, key=key, iterations=method.iterations)
 
     points = runs(x)

@@ -9,7 +9,7 @@ _PIECE = 1024  # points at once, so that their distances to all centres stay in 
 
 def vector_kmeans(
     points: Float[Array, "n channels"],
-    weights: Float[Array, " n"],
+    weights: Float[Array, "n *channels"],
     entries: int,
     *,
     key: Key[Array, ""],
@@ -18,12 +18,13 @@ def vector_kmeans(
 ) -> Float[Array, "entries channels"]:
     """Centres that make `sum_j weights[j] min_k |points[j] - centres[k]|^2` small, in float32.
 
-    A centre that loses all its weight stays where it is. Points are moved to their mean first, so that distances, which
+    With weights of channels a centre is, channel by channel, the weighed mean of the points that are nearest to it by
+    distances without weights, as codes are made, when gradients are not known. A centre that loses all its weight stays where it is. Points are moved to their mean first, so that distances, which
     are computed by products, keep their digits.
 
     Args:
         points: what to cluster, float32.
-        weights: not negative; only their ratios matter. All zero counts as all equal.
+        weights: of points, or of their channels; not negative, only their ratios matter. All zero counts as all equal.
         entries: number of centres. Where there are fewer distinct points, some centres are equal.
         key: of the draws of the start.
         iterations: steps at most.
@@ -38,30 +39,31 @@ def vector_kmeans(
 
     Source: Lloyd (1982); Arthur and Vassilvitskii, k-means++ (2007).
     """
-    weights = normalised(weights)
+    shares = normalised(weights if weights.ndim == 2 else weights[:, None])
+    weights = jnp.mean(shares, axis=1)
     middle = jnp.sum(weights[:, None] * points, axis=0) / jnp.sum(weights)
     moved = points.astype(jnp.float32) - middle
     start = plus_plus(moved, weights, entries, key=key)
     limit = tolerance * jnp.sqrt(jnp.sum(weights[:, None] * jnp.square(moved)) / jnp.sum(weights))
-    counted = jnp.concatenate([moved, jnp.ones_like(moved[:, :1])], axis=1)
-    pieces = _pieces(counted), _pieces(weights)  # padding weighs nothing
+    channels = moved.shape[1]
+    pieces = _pieces(moved), _pieces(jnp.concatenate([shares * moved, shares], axis=1))  # padding weighs nothing
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         centres, _, count = state
         lengths = jnp.sum(jnp.square(centres), axis=1, keepdims=True) / 2
 
         def add(sums: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
-            points, weights = piece
+            points, counted = piece
             # Half of the squared distances, less what all centres have in common.
-            distances = lengths - jnp.dot(centres, points[:, :-1].T, precision="highest")
+            distances = lengths - jnp.dot(centres, points.T, precision="highest")
             # Equal distances count for each of the centres: comparing with the minimum is a vector operation, where an
             # argmin goes point by point on most backends, and hardly any but equal centres are at equal distances.
-            members = jnp.where(distances == jnp.min(distances, axis=0), weights, 0.0)
-            return sums + jnp.dot(members, points, precision="highest"), None
+            members = (distances == jnp.min(distances, axis=0)).astype(jnp.float32)
+            return sums + jnp.dot(members, counted, precision="highest"), None
 
-        sums, _ = jax.lax.scan(add, jnp.zeros((entries, counted.shape[1]), jnp.float32), pieces)
-        mass = sums[:, -1:]
-        found = jnp.where(mass > 0, sums[:, :-1] / jnp.where(mass > 0, mass, 1.0), centres)
+        sums, _ = jax.lax.scan(add, jnp.zeros((entries, pieces[1].shape[-1]), jnp.float32), pieces)
+        mass = sums[:, channels:]
+        found = jnp.where(mass > 0, sums[:, :channels] / jnp.where(mass > 0, mass, 1.0), centres)
         return found, jnp.max(jnp.abs(found - centres)), count + 1
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
@@ -93,7 +95,7 @@ def plus_plus(
     return jnp.concatenate([first[None], rest])
 
 
-def normalised(weights: Float[Array, " n"]) -> Float[Array, " n"]:
+def normalised(weights: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """Weights of mean 1, in float32; all equal where none counts. Squared gradients are far from 1 otherwise."""
     weights = weights.astype(jnp.float32)
     largest = jnp.max(weights)

@@ -77,6 +77,18 @@ def test_centres_decode_to_themselves():
     np.testing.assert_array_equal(decode(method, encode(method, x, books), books), x)
 
 
+def test_weights_by_channel_move_the_centres_of_runs():
+    x, grads = jnp.asarray(vectors((2, 200, 8))), jnp.asarray(vectors((2, 200, 8), 1))
+    for channels in (1, 4):
+        method = CQ(channels=channels, bits=3)
+        books = method.learn(x, grads)
+        others = dataclasses.replace(method, by_channel=True).learn(x, grads)
+        assert np.array_equal(books, others) is (channels == 1)
+        np.testing.assert_array_equal(  # derivatives that agree over a run leave nothing to choose
+            dataclasses.replace(method, by_channel=True).learn(x, jnp.ones_like(x)), method.learn(x, jnp.ones_like(x))
+        )
+
+
 @pytest.mark.parametrize("fisher", [True, False])
 def test_each_group_is_clustered_for_itself(fisher):
     """Changing the points or gradients of one head and run changes that codebook alone."""

@@ -59,6 +59,17 @@ def test_more_than_one_piece_equals_lloyd():
     np.testing.assert_allclose(ours, lloyd(points, weights, start, 4), atol=2e-3)
 
 
+def test_weights_of_channels_equal_lloyd():
+    """Centres are means channel by channel; nearest is by plain distances."""
+    points, weights = example(7, n=1500, channels=3)
+    each = weights[:, None] * np.exp(np.random.default_rng(8).standard_normal(points.shape)).astype(np.float32)
+    key, total = jax.random.key(1), each.mean(1)
+    mean = np.average(points, axis=0, weights=total).astype(np.float32)
+    start = np.asarray(started(jnp.asarray(points - mean), normalised(jnp.asarray(total)), 5, key=key)) + mean
+    ours = fit(jnp.asarray(points), jnp.asarray(each), 5, key=key, iterations=4, tolerance=0.0)
+    np.testing.assert_allclose(ours, lloyd(points, each, start, 4), atol=2e-3)
+
+
 def test_start_draws_by_weight_times_distance():
     """Two tight clusters and a light point far away: the second draw comes from where weight and distance are."""
     points = np.array([[0, 0]] * 50 + [[10, 0]] * 50 + [[20, 0]], np.float32)
