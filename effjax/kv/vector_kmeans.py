@@ -19,8 +19,9 @@ def vector_kmeans(
     """Centres that make `sum_j weights[j] min_k |points[j] - centres[k]|^2` small, in float32.
 
     With weights of channels a centre is, channel by channel, the weighed mean of the points that are nearest to it by
-    distances without weights, as codes are made, when gradients are not known. A centre that loses all its weight stays where it is. Points are moved to their mean first, so that distances, which
-    are computed by products, keep their digits.
+    distances without weights, as codes are made, when gradients are not known. A centre that loses all its weight stays
+    where it is. Points are moved to their mean first, so that distances, which are computed by products, keep their
+    digits.
 
     Args:
         points: what to cluster, float32.
