@@ -1,1 +1,27 @@
 """Corpora, samplers and curation: functions from text or examples to what a step consumes."""
+
+from effjax.data.inclusion import inclusion_probabilities, systematic
+from effjax.data.loss_table import ExactLoss, StaleLoss
+from effjax.data.nws import NWS, NWSketch
+from effjax.data.sampler import Position, Sampler, Spec, of_host
+from effjax.data.shuffle import shuffled
+from effjax.data.step import Sampled, all_losses, sampled_step
+from effjax.data.uniform import Uniform
+
+__all__ = [
+    "NWS",
+    "ExactLoss",
+    "NWSketch",
+    "Position",
+    "Sampled",
+    "Sampler",
+    "Spec",
+    "StaleLoss",
+    "Uniform",
+    "all_losses",
+    "inclusion_probabilities",
+    "of_host",
+    "sampled_step",
+    "shuffled",
+    "systematic",
+]

@@ -1,0 +1,95 @@
+"""A training step that samples: draw, gather, train and tell the sampler, as one program on the device."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from effjax.data.sampler import Sampler
+
+Losses = Callable[[Any, Any], jax.Array]  # (params, examples [batch, ...]) -> float[batch]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sampled:
+    """All that a run with a sampler needs to go on; a checkpoint of it resumes within an epoch.
+
+    Attributes:
+        params: the parameters.
+        opt_state: what optax keeps.
+        sampler: the state of the sampler.
+    """
+
+    params: Any
+    opt_state: Any
+    sampler: Any
+
+    @classmethod
+    def start(cls, params: Any, optimizer: optax.GradientTransformation, sampler: Any) -> "Sampled":
+        """Before the first step."""
+        return cls(params=params, opt_state=optimizer.init(params), sampler=sampler)
+
+
+def sampled_step(sampler: Sampler, losses: Losses, optimizer: optax.GradientTransformation, batch: int) -> Any:
+    """Builds `step(run, key, examples) -> (run, metrics)`; losses of the step go to the sampler at no extra cost.
+
+    Args:
+        sampler: chooses the examples.
+        losses: `(params, examples) -> float[batch]`, one an example.
+        optimizer: any optax transformation.
+        batch: examples a step.
+
+    Returns:
+        The step. `examples` are all of them, a pytree of `[n, ...]`; metrics are (sum, count) pairs.
+
+    Example:
+        >>> from effjax.data import Spec, Uniform
+        >>> x = jax.random.normal(jax.random.key(0), (100, 3))
+        >>> examples = {"x": x, "y": x @ jnp.array([1.0, 2.0, 3.0])}
+        >>> sampler, optimizer = Uniform(), optax.sgd(0.1)
+        >>> step = sampled_step(sampler, lambda w, e: (e["x"] @ w - e["y"]) ** 2, optimizer, 10)
+        >>> run = Sampled.start(jnp.zeros(3), optimizer, sampler.init(100, Spec()))
+        >>> keys = jax.random.split(jax.random.key(1), 50)
+        >>> run, metrics = jax.lax.scan(lambda run, key: step(run, key, examples), run, keys)
+        >>> run.params.round(2).tolist()
+        [1.0, 2.0, 3.0]
+    """
+
+    def step(run: Sampled, key: Key[Array, ""], examples: Any) -> tuple[Sampled, dict[str, Any]]:
+        ids, weights = sampler.draw(run.sampler, key, batch)
+        drawn = jax.tree.map(lambda x: x[ids], examples)
+
+        def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+            each = losses(params, drawn)
+            return jnp.mean(weights * each), each
+
+        grads, each = jax.grad(mean_loss, has_aux=True)(run.params)
+        updates, opt_state = optimizer.update(grads, run.opt_state, run.params)
+        params = optax.apply_updates(run.params, updates)
+        state = sampler.update(run.sampler, ids, each)
+        return Sampled(params=params, opt_state=opt_state, sampler=state), {"loss": (each.sum(), jnp.float32(batch))}
+
+    return step
+
+
+def all_losses(losses: Losses, params: Any, examples: Any, batch: int) -> Float[Array, " n"]:
+    """The losses of all examples, `batch` at once: the full forward pass of `effjax.data.ExactLoss`.
+
+    Example:
+        >>> all_losses(lambda w, x: w * x, 2.0, jnp.arange(5.0), 2).tolist()
+        [0.0, 2.0, 4.0, 6.0, 8.0]
+    """
+    n = len(jax.tree.leaves(examples)[0])
+
+    def of(start: jax.Array) -> jax.Array:
+        return losses(params, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, min(batch, n)), examples))
+
+    # The last slice begins early where the batch does not divide: no example is padded.
+    starts = jnp.minimum(jnp.arange(0, n, min(batch, n)), n - min(batch, n))
+    found = jax.lax.map(of, starts)
+    return jnp.concatenate([found[:-1].reshape(-1), found[-1][len(starts) * min(batch, n) - n :]])
