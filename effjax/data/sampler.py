@@ -84,8 +84,8 @@ class Position:
             ConfigError: `n` is below 1 or above 2**30.
         """
         check_count(n)
-        zero = jnp.zeros((), jnp.int32)
-        return cls(epoch=zero, offset=zero, seed=jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32), n=n)
+        epoch, offset = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers, so that both can be donated
+        return cls(epoch=epoch, offset=offset, seed=jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32), n=n)
 
     def take(self, count: int) -> Int32[Array, " count"]:
         """The next `count` examples, across the end of an epoch where it comes.
