@@ -13,7 +13,9 @@ DIR/images/mnist and, for the part "real", DIR/images/cifar10 (JPEG, read with P
 The settings of the sampler were chosen on seed 100.
 """
 
+import argparse
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,12 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
+from rich.table import Table
 
+from benchmarks.bars import Bar, conclude
 from benchmarks.mnist import read_mnist
 from benchmarks.resnet import normalized, read_cifar10
 from effjax.data import NWS, ExactLoss, NWSketch, Sampled, Spec, StaleLoss, Uniform, all_losses, sampled_step
 from effjax.distill import apply_mlp, init_mlp
 from effjax.hashing.lsh import SignProjections, angle, angular_collision
+from effjax.models.cnn import apply_cnn, init_cnn
 
 SEEDS = (0, 1, 2, 3, 4)
 Part = tuple[np.ndarray, np.ndarray]
@@ -277,25 +283,6 @@ def estimate(images: Part, seeds: tuple[int, ...]) -> dict[str, Any]:
 # MNIST and CIFAR-10 ---------------------------------------------------------------------------------------------------
 
 
-def init_cnn(key: jax.Array, widths: tuple[int, ...] = (16, 32, 64)) -> Any:
-    """3 x 3 convolutions, each halving the sides, and a linear head on the mean."""
-    sizes = (3, *widths)
-    keys = jax.random.split(key, len(widths) + 1)
-    convs = [
-        {"kernel": jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5, "bias": jnp.zeros(m)}
-        for k, n, m in zip(keys, sizes, sizes[1:], strict=False)
-    ]
-    head = {"kernel": jax.random.normal(keys[-1], (widths[-1], 10)) * widths[-1] ** -0.5, "bias": jnp.zeros(10)}
-    return {"convs": convs, "head": head}
-
-
-def apply_cnn(params: Any, x: jax.Array) -> jax.Array:
-    for layer in params["convs"]:
-        x = jax.lax.conv_general_dilated(x, layer["kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x = jax.nn.relu(x + layer["bias"])
-    return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
-
-
 def real_tasks(data: Path, names: tuple[str, ...]) -> dict[str, Task]:
     tasks = {}
     if "MNIST" in names:
@@ -318,7 +305,7 @@ def real_tasks(data: Path, names: tuple[str, ...]) -> dict[str, Task]:
         # Means of 4 x 4 pixels: 192 numbers tell images apart by what they show at large.
         features = x.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(x), -1)
         tasks["CIFAR-10"] = Task(
-            init=init_cnn,
+            init=partial(init_cnn, channels=3, labels=10),
             apply=apply_cnn,
             train=(x, y),
             test=(jnp.asarray(normalized(images)), jnp.asarray(labels, jnp.int32)),

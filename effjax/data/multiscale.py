@@ -112,6 +112,17 @@ class MultiScale:
         same_pixels = int(round(self.base[0] * self.base[1] * self.batch / (height * width), 2))
         return max(self.devices, same_pixels // self.devices * self.devices)
 
+    def shape_at(self, step: int, *, seed: int = 0, bounds: tuple[float, float] | None = None) -> Shape:
+        """The shape of one step, where a sampler chooses the examples: a pure function of seed and step.
+
+        Example:
+            >>> shape = MultiScale(base=(8, 8), batch=4, low=4, high=8, scales=2, divisor=4).shape_at(3)
+            >>> shape.pixels
+            256
+        """
+        table = self.table(bounds)
+        return table[np.random.default_rng((seed, step)).integers(len(table))]
+
     def epoch(
         self, n: int, epoch: int, *, seed: int = 0, bounds: tuple[float, float] | None = None, start: int = 0
     ) -> Iterator[PlannedStep]:

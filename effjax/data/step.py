@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from effjax.data.reweight import LossReweighting
 from effjax.data.sampler import Sampler
+from effjax.data.selective_backprop import SelectiveBackprop
 
 Losses = Callable[[Any, Any], jax.Array]  # (params, examples [batch, ...]) -> float[batch]
 
@@ -35,7 +37,14 @@ class Sampled:
         return cls(params=params, opt_state=optimizer.init(params), sampler=sampler)
 
 
-def sampled_step(sampler: Sampler, losses: Losses, optimizer: optax.GradientTransformation, batch: int) -> Any:
+def sampled_step(
+    sampler: Sampler,
+    losses: Losses,
+    optimizer: optax.GradientTransformation,
+    batch: int,
+    *,
+    reweight: LossReweighting | None = None,
+) -> Any:
     """Builds `step(run, key, examples) -> (run, metrics)`; losses of the step go to the sampler at no extra cost.
 
     Args:
@@ -43,6 +52,7 @@ def sampled_step(sampler: Sampler, losses: Losses, optimizer: optax.GradientTran
         losses: `(params, examples) -> float[batch]`, one an example.
         optimizer: any optax transformation.
         batch: examples a step.
+        reweight: of the losses within the batch, beside the sampler's weights.
 
     Returns:
         The step. `examples` are all of them, a pytree of `[n, ...]`; metrics are (sum, count) pairs.
@@ -62,19 +72,51 @@ def sampled_step(sampler: Sampler, losses: Losses, optimizer: optax.GradientTran
 
     def step(run: Sampled, key: Key[Array, ""], examples: Any) -> tuple[Sampled, dict[str, Any]]:
         ids, weights = sampler.draw(run.sampler, key, batch)
-        drawn = jax.tree.map(lambda x: x[ids], examples)
-
-        def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            each = losses(params, drawn)
-            return jnp.mean(weights * each), each
-
-        grads, each = jax.grad(mean_loss, has_aux=True)(run.params)
-        updates, opt_state = optimizer.update(grads, run.opt_state, run.params)
-        params = optax.apply_updates(run.params, updates)
-        state = sampler.update(run.sampler, ids, each)
-        return Sampled(params=params, opt_state=opt_state, sampler=state), {"loss": (each.sum(), jnp.float32(batch))}
+        run, each = _trained(run, losses, optimizer, _rows(examples, ids), weights, reweight)
+        run = dataclasses.replace(run, sampler=sampler.update(run.sampler, ids, each))
+        return run, {"loss": (each.sum(), jnp.float32(batch))}
 
     return step
+
+
+def selective_step(
+    sampler: SelectiveBackprop,
+    losses: Losses,
+    optimizer: optax.GradientTransformation,
+    batch: int,
+    candidates: int,
+) -> Any:
+    """As `sampled_step`: a forward pass over `candidates` examples, a backward pass over the `batch` it chooses."""
+
+    def step(run: Sampled, key: Key[Array, ""], examples: Any) -> tuple[Sampled, dict[str, Any]]:
+        ids, _ = sampler.draw(run.sampler, key, candidates)
+        drawn = _rows(examples, ids)
+        each = losses(run.params, drawn)
+        places, weights = sampler.choose(run.sampler, key, each, batch)
+        run, _ = _trained(run, losses, optimizer, _rows(drawn, places), weights, None)
+        run = dataclasses.replace(run, sampler=sampler.update(run.sampler, ids, each))
+        return run, {"loss": (each.sum(), jnp.float32(candidates))}
+
+    return step
+
+
+def _rows(examples: Any, ids: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x[ids], examples)
+
+
+def _trained(
+    run: Sampled, losses: Losses, optimizer: Any, drawn: Any, weights: jax.Array, reweight: LossReweighting | None
+) -> tuple[Sampled, jax.Array]:
+    """After a step of the optimizer, and the losses before it."""
+
+    def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        each = losses(params, drawn)
+        return jnp.mean(each * (weights if reweight is None else weights * reweight(each))), each
+
+    grads, each = jax.grad(mean_loss, has_aux=True)(run.params)
+    updates, opt_state = optimizer.update(grads, run.opt_state, run.params)
+    params = optax.apply_updates(run.params, updates)
+    return Sampled(params=params, opt_state=opt_state, sampler=run.sampler), each
 
 
 def all_losses(losses: Losses, params: Any, examples: Any, batch: int) -> Float[Array, " n"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effjax.data import NWS, ExactLoss, Spec, StaleLoss, Uniform, of_host
+from effjax.data import NWS, ExactLoss, SelectiveBackprop, SeTa, Spec, StaleLoss, Subset, Uniform, of_host
 from effjax.errors import ConfigError
 
 N, BATCH = 96, 8
@@ -21,6 +21,9 @@ SAMPLERS = {
     "stale": StaleLoss(warmup=2),
     "stale, all": StaleLoss(warmup=2, pool=None, weighted=True),
     "exact": ExactLoss(),
+    "subset": Subset(keep=0.5),
+    "seta": SeTa(keep=0.75, groups=6, window=2, epochs=8, annealing=1),
+    "selective": SelectiveBackprop(history=32),
 }
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
