@@ -1,0 +1,115 @@
+"""Samplers from the command line: every one trains, resumes to the same weights, scales keep few shapes, errors."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from effjax.errors import ConfigError
+from effjax.io.checkpoint import load_checkpoint
+from train.sample import SampleConfig, main, shape_of
+from train.sample_tasks import read_task
+
+FLAGS = ["--steps", "4", "--batch", "8", "--warmup", "1", "--eval-every", "2", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Bars in one of three places."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 80)
+    pictures = rng.random((80, 8, 8)) * 0.3
+    pictures[np.arange(80), 2 * labels + 1] += 2
+    path = tmp_path_factory.mktemp("sample") / "images.npz"
+    np.savez(path, images=pictures, labels=labels)
+    return path
+
+
+def sample(monkeypatch, out, *flags):
+    words = [*map(str, flags), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train.sample", *FLAGS, *words])
+    main()
+
+
+def weights(out, name):
+    return load_checkpoint(out / "model" / name).params
+
+
+def test_samplers_train_and_resume_to_the_same_weights(images, monkeypatch, tmp_path, capsys):
+    flags = ("--data", images, "--samplers", "uniform", "nws")
+    sample(monkeypatch, tmp_path / "whole", *flags)
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
+    for name in ("uniform", "nws"):
+        lines = (tmp_path / "whole" / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [r["step"] for r in records] == [2, 4] and [r["examples"] for r in records] == [16, 32]
+        assert 0 < records[0]["seconds"] < records[1]["seconds"] and 0 <= records[1]["accuracy"] <= 1
+        share = json.loads((tmp_path / "whole" / name / "overhead.json").read_text())["sampler_share_of_step"]
+        assert 0 < share <= 1
+    sample(monkeypatch, tmp_path / "parts", *flags, "--stop-at", 2)
+    assert "stopped at step 2 of 4 with uniform; go on with --resume" in capsys.readouterr().out
+    sample(monkeypatch, tmp_path / "parts", *flags, "--resume")
+    for name in ("uniform", "nws"):
+        for layer, leaves in weights(tmp_path / "whole", name).items():
+            for leaf, value in leaves.items():
+                np.testing.assert_array_equal(value, weights(tmp_path / "parts", name)[layer][leaf])
+    with pytest.raises(SystemExit, match="error: .*uniform already holds a run at step 4: pass --resume"):
+        sample(monkeypatch, tmp_path / "parts", *flags)
+
+
+def test_the_others_train_too(images, monkeypatch, tmp_path):
+    names = ("exact", "selective", "el2n", "prototypes", "seta", "reweighted")
+    flags = ("--data", images, "--score-steps", 2, "--exact-every", 2, "--steps", 2)
+    sample(monkeypatch, tmp_path, *flags, "--samplers", *names)
+    for name in names:
+        assert np.isfinite(weights(tmp_path, name)["head"]["kernel"]).all()
+
+
+def test_sizes_of_images_and_a_mesh(images, monkeypatch, tmp_path):
+    """Two devices; the batches are those of the shapes."""
+    flags = ("--data", images, "--scales", "msc_vbs", "--samplers", "stale", "--mesh", "data=2", "--steps", 3)
+    sample(monkeypatch, tmp_path, *flags)
+    config = SampleConfig(out=tmp_path, data=images, scales="msc_vbs", batch=8, mesh="data=2", steps=3, warmup=1)
+    task = read_task(config)
+    shapes = [shape_of(config, task, step) for step in range(40)]
+    assert {(s.height, s.batch) for s in shapes} == {(4, 32), (8, 8), (12, 2)}
+    last = json.loads((tmp_path / "stale" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["examples"] == sum(shape.batch for shape in shapes[:3])
+
+
+def test_text(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(rng.choice(["red", "green", "blue", "stone", "river", "cloud"], 3000)))
+    flags = ("--dataset", "text", "--text", text, "--context", 16, "--samplers", "nws", "--steps", 2)
+    with pytest.raises(SystemExit, match="error: vocab=512: the text yields only [0-9]+ entries"):
+        sample(monkeypatch, tmp_path / "out", *flags)
+    text.write_text("".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz    "), 9000)))
+    sample(monkeypatch, tmp_path / "out", *flags)
+    assert "heldout_loss" in (tmp_path / "out" / "nws" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data": None}, "--dataset images needs --data: an .npz file, or the directory of the images"),
+        ({"kept_share": 0.0}, "kept_share=0.0: must be between 0 and 1"),
+        ({"scales": "msc_vbs", "samplers": ("selective",)}, "--scales msc_vbs is for images, and not for selective"),
+        ({"dataset": "text", "samplers": ("el2n",)}, "el2n and prototypes score images"),
+        ({"eval_every": 0}, "eval_every=0: the curves need at least 1"),
+    ],
+)
+def test_settings_that_cannot_work(changes, text, tmp_path):
+    with pytest.raises(ConfigError, match=text):
+        SampleConfig(**{"out": tmp_path, "data": tmp_path} | changes)
+
+
+def test_files_that_do_not_fit(images, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="error: --data .*nowhere.npz: cannot be read as images"):
+        sample(monkeypatch, tmp_path / "out", "--data", tmp_path / "nowhere.npz")
+    np.savez(tmp_path / "bad.npz", images=np.ones((5, 4)), labels=np.zeros(5, int))
+    with pytest.raises(SystemExit, match=r"error: .*images \[5, 4\], labels \[5\]: give \[n, height, width\]"):
+        sample(monkeypatch, tmp_path / "out", "--data", tmp_path / "bad.npz")
+    with pytest.raises(SystemExit, match="error: batch=8: mesh 'data=3' has 3 devices; choose a multiple"):
+        sample(monkeypatch, tmp_path / "out", "--data", images, "--mesh", "data=3")
