@@ -10,6 +10,7 @@ The learning rate follows the share of epochs that is done, not the steps, which
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -33,7 +34,7 @@ from effjax.data import MultiScale, Shape, growing_range, relative_cost
 SEEDS = (0, 1, 2)
 BASE = Shape(20, 20, 32)
 LOW, HIGH = 12, 28
-TRAIN, TEST, EPOCHS = 2048, 1000, 5
+TRAIN, TEST, EPOCHS = 4096, 1000, 8
 SIZES = (12, 16, 20, 24, 28)
 RATE, LAST_RATE, DECAY = 0.03, 1e-4, 5e-4
 WIDTHS = (8, 16, 32)
@@ -300,14 +301,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.arms:
             runs.setdefault(name, []).append(train(ARMS[name], data, test, seed))
             last = runs[name][-1]
-            print(
-                f"seed {seed}, {name}: {last.accuracy[BASE.height]:.2f} % in {last.seconds:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    return conclude(
-        "multiscale_sampler", show(runs), {name: list(map(dataclasses.asdict, r)) for name, r in runs.items()}
-    )
+            print(f"seed {seed}, {name}: {json.dumps(dataclasses.asdict(last))}", file=sys.stderr, flush=True)
+    extra = {name: list(map(dataclasses.asdict, found)) for name, found in runs.items()}
+    return conclude("multiscale_sampler", show(runs), extra)
 
 
 if __name__ == "__main__":

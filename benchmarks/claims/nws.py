@@ -270,9 +270,9 @@ def estimate(images: Part, seeds: tuple[int, ...]) -> dict[str, Any]:
             got = np.corrcoef(ranks(np.asarray(sketch.query(codes))), ranks(np.asarray(truth)))[0, 1]
             correlations[hashes].append(float(got))
         # Kernel sums of losses by 9 groups of 16 rows: how often they are off by two deviations of one group.
-        sums, codes = sketched(9 * 16 * 40, 6, 1000 * seed + 7)
-        hit = np.asarray(sums.sums.counts[jnp.arange(9 * 16 * 40), codes, 0])  # [queries, rows]
-        means = hit.reshape(QUERIED, 40, 9, 16).mean(-1)
+        sums, codes = sketched(9 * 16 * 20, 6, 1000 * seed + 7)
+        hit = np.asarray(sums.sums.counts[jnp.arange(9 * 16 * 20), codes, 0])  # [queries, rows]
+        means = hit.reshape(QUERIED, 20, 9, 16).mean(-1)
         centre = np.asarray(kernel @ seen)[:, None]
         limit = 2 * hit.std(1)[:, None] / 4
         for groups in tails:
@@ -296,7 +296,7 @@ def real_tasks(data: Path, names: tuple[str, ...]) -> dict[str, Task]:
             features=x,
             optimizer=optax.sgd(0.1),
             batch=128,
-            steps=1500,
+            steps=1000,
         )
     if "CIFAR-10" in names:
         images, labels = read_cifar10(data, "train_jpeg")
@@ -312,7 +312,7 @@ def real_tasks(data: Path, names: tuple[str, ...]) -> dict[str, Task]:
             features=features,
             optimizer=optax.adam(2e-3),
             batch=128,
-            steps=1000,
+            steps=400,
         )
     return tasks
 
@@ -321,14 +321,14 @@ REAL = {
     "uniform": Uniform(),
     "NWS": NWS(),
     "NWS, weighted": NWS(weighted=True),
-    "exact losses": ExactLoss(every=100),
+    "exact losses": ExactLoss(every=50),
 }
 
 
 def real(data: Path, seeds: tuple[int, ...], names: tuple[str, ...]) -> dict[str, dict[str, list[Curve]]]:
     found: dict[str, dict[str, list[Curve]]] = {}
     for name, task in real_tasks(data, names).items():
-        trainers = {arm: Trainer(task, sampler, every=100) for arm, sampler in REAL.items()}
+        trainers = {arm: Trainer(task, sampler, every=50) for arm, sampler in REAL.items()}
         for seed in seeds:  # the arms in turn, so that a slow moment of the machine is not one arm's
             for arm, trainer in trainers.items():
                 curve = trainer(seed)

@@ -84,15 +84,15 @@ def test_draws_are_valid_and_resume_in_the_middle_of_an_epoch(name):
 
 @every_sampler
 def test_the_number_of_hosts_and_devices_changes_nothing(name):
-    """Tables split over 1, 2 and 8 devices; the ids of 1, 2 and 4 hosts put together."""
+    """Tables on one device and split over 8; the ids of 1, 2 and 4 hosts put together."""
     whole, _ = run(name, started(name), 0, 6)
-    for devices in (2, 8):
-        mesh = Mesh(np.array(jax.devices()[:devices]), "data")
+    mesh = Mesh(np.array(jax.devices()[:8]), "data")
 
-        def laid_out(leaf, mesh=mesh):
-            split = leaf.ndim > 0 and leaf.shape[0] == N
-            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec()))
+    def laid_out(leaf):
+        split = leaf.ndim > 0 and leaf.shape[0] == N
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec()))
 
+    if any(leaf.ndim and leaf.shape[0] == N for leaf in jax.tree.leaves(started(name))):
         spread, _ = run(name, jax.tree.map(laid_out, started(name)), 0, 6)
         equal([ids for ids, _ in spread], [ids for ids, _ in whole])
     for hosts in (1, 2, 4):
