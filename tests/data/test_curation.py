@@ -55,12 +55,16 @@ def test_pruning_keeps_what_it_should_and_each_once_an_epoch():
     assert kept_by_score(scores, 0.5).tolist() == [0, 2, 4]
     assert kept_by_score(scores, 0.5, easiest=True).tolist() == [1, 3, 5]
     sampler = Subset(keep=0.67)
-    state = sampler.init(6, Spec(scores=scores))
-    seen = []
-    for _ in range(2):
+    state, seen = sampler.init(6, Spec(scores=scores)), []
+
+    @jax.jit
+    def step(state):
         ids, weights = sampler.draw(state, KEY, 2)
+        return ids, weights, sampler.update(state, ids, jnp.zeros(2))
+
+    for _ in range(2):
+        ids, weights, state = step(state)
         seen += ids.tolist()
-        state = sampler.update(state, ids, jnp.zeros(2))
     assert sorted(seen) == [0, 2, 3, 4] and int(state.position.epoch) == 1 and weights.tolist() == [1, 1]
 
 

@@ -38,8 +38,8 @@ def test_probabilities_are_those_of_a_loop(scores, uniform):
 
 
 def test_odd_scores():
-    np.testing.assert_allclose(inclusion_probabilities(jnp.zeros(5), 2), np.full(5, 0.4), rtol=1e-6)
-    found = inclusion_probabilities(jnp.array([jnp.nan, jnp.inf, -1.0, 1.0, 1.0]), 2, uniform=0.5)
+    np.testing.assert_allclose(probabilities(jnp.zeros(5), 2), np.full(5, 0.4), rtol=1e-6)
+    found = probabilities(jnp.array([jnp.nan, jnp.inf, -1.0, 1.0, 1.0]), 2, uniform=0.5)
     np.testing.assert_allclose(found, [0.2, 0.2, 0.2, 0.7, 0.7], rtol=1e-6)
     np.testing.assert_array_equal(inclusion_probabilities(jnp.array([3.0, 1.0]), 2), [1, 1])
     with pytest.raises(ConfigError, match="batch=3 of 2 scores: must be between 1 and their number"):
@@ -72,6 +72,10 @@ def test_systematic_takes_all_and_finds_rare_ones():
 @pytest.mark.parametrize("seed", range(3))
 def test_systematic_never_repeats(seed):
     scores = np.random.default_rng(seed).exponential(size=33) ** 4
-    p = inclusion_probabilities(jnp.asarray(scores, jnp.float32), 32)
-    index = systematic(jax.random.key(seed), p, 32)[0]
+    index = drawn(jax.random.key(seed), jnp.asarray(scores, jnp.float32))
     assert len(set(index.tolist())) == 32
+
+
+@jax.jit
+def drawn(key, scores):
+    return systematic(key, inclusion_probabilities(scores, 32), 32)[0]

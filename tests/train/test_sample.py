@@ -37,10 +37,10 @@ def weights(out, name):
 
 
 def test_samplers_train_and_resume_to_the_same_weights(images, monkeypatch, tmp_path, capsys):
-    flags = ("--data", images, "--samplers", "stale", "nws")
+    flags = ("--data", images, "--samplers", "nws")
     sample(monkeypatch, tmp_path / "whole", *flags)
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
-    for name in ("stale", "nws"):
+    for name in ("nws",):
         lines = (tmp_path / "whole" / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert [r["step"] for r in records] == [2, 4] and [r["examples"] for r in records] == [16, 32]
@@ -48,13 +48,13 @@ def test_samplers_train_and_resume_to_the_same_weights(images, monkeypatch, tmp_
         share = json.loads((tmp_path / "whole" / name / "overhead.json").read_text())["sampler_share_of_step"]
         assert 0 < share <= 1
     sample(monkeypatch, tmp_path / "parts", *flags, "--stop-at", 2)
-    assert "stopped at step 2 of 4 with stale; go on with --resume" in capsys.readouterr().out
+    assert "stopped at step 2 of 4 with nws; go on with --resume" in capsys.readouterr().out
     sample(monkeypatch, tmp_path / "parts", *flags, "--resume")
-    for name in ("stale", "nws"):
+    for name in ("nws",):
         for layer, leaves in weights(tmp_path / "whole", name).items():
             for leaf, value in leaves.items():
                 np.testing.assert_array_equal(value, weights(tmp_path / "parts", name)[layer][leaf])
-    with pytest.raises(SystemExit, match="error: .*stale already holds a run at step 4: pass --resume"):
+    with pytest.raises(SystemExit, match="error: .*nws already holds a run at step 4: pass --resume"):
         sample(monkeypatch, tmp_path / "parts", *flags)
 
 
