@@ -43,7 +43,7 @@ def divisible(size: float, divisor: int) -> int:
 
     Example:
         >>> [divisible(size, 32) for size in (128, 175, 40, 46)]
-        [128, 192, 64, 64]
+        [128, 160, 64, 64]
     """
     rounded = max(divisor, int(size + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * size else rounded + divisor

@@ -16,8 +16,8 @@ def el2n(logits: Float[Array, "*batch labels"], labels: Int[Array, "*batch"]) ->
     Take it a few epochs into training, and the mean over several networks: one alone is noisy.
 
     Example:
-        >>> el2n(jnp.array([[0.0, 0.0], [9.0, 0.0]]), jnp.array([0, 1])).round(3).tolist()
-        [0.707, 1.414]
+        >>> [f"{x:.3f}" for x in el2n(jnp.array([[0.0, 0.0], [9.0, 0.0]]), jnp.array([0, 1]))]
+        ['0.707', '1.414']
     """
     error = jax.nn.softmax(logits.astype(jnp.float32)) - jax.nn.one_hot(labels, logits.shape[-1])
     return jnp.linalg.norm(error, axis=-1)
