@@ -46,9 +46,11 @@ from effjax.data import (
 from effjax.errors import ConfigError
 from effjax.io.checkpoint import save_checkpoint
 from train.command import run, same_settings
+from train.config import LoopConfig
 from train.finetune import PASSING
-from train.loop import AXES, LoopConfig, make_mesh, make_optimizer
 from train.sample_tasks import Task, read_task
+from train.sharding import BATCH_AXES, make_mesh
+from train.step import make_optimizer
 
 Scored = Literal["el2n", "prototypes"]
 Name = Literal["uniform", "nws", "nws_weighted", "stale", "exact", "selective", "seta", "reweighted"] | Scored
@@ -196,7 +198,7 @@ class Runner:
 
             def losses(params: Any, drawn: Any) -> jax.Array:
                 """Every device has its part of the batch."""
-                drawn = jax.lax.with_sharding_constraint(drawn, PartitionSpec(AXES))
+                drawn = jax.lax.with_sharding_constraint(drawn, PartitionSpec(BATCH_AXES))
                 return self.task.losses(params, drawn, **size)
 
             if isinstance(self.sampler, SelectiveBackprop):

@@ -223,7 +223,7 @@ def settings(slots: int) -> dict[str, tuple[Scissorhands, int | tuple[int, ...]]
 
 def tuned(params: Any, slots: int) -> tuple[str, tuple[Scissorhands, int | tuple[int, ...]]]:
     """The setting that is best on texts held out from the test."""
-    tokens, tried = texts(48, 5000), settings(slots)
+    tokens, tried = texts(192, 5000), settings(slots)
     held_out = {name: accuracy(params, tokens, *one) for name, one in tried.items()}
     best = max(held_out, key=lambda name: held_out[name])
     print(f"{slots} slots, held out: {best}: {held_out[best]:.2f} %", flush=True)
