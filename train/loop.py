@@ -20,11 +20,11 @@ from effjax.io.safetensors_file import write_file
 from effjax.paths import path_str
 from train.checkpoint import Checkpoints
 from train.config import LoopConfig
-from train.input import Source, open_source
+from train.input import PositionedIterator, Source, open_source
 from train.metrics import MetricsLog, means, progress
 from train.processes import is_main, stop_flag
-from train.program import build
-from train.sharding import Rules, make_mesh
+from train.program import Program, build
+from train.sharding import Rules, make_mesh, params_layout
 from train.step import LossFn, Metrics, TrainState
 
 
@@ -67,14 +67,37 @@ def fit(
         CheckpointError: the newest checkpoint is of another run.
         NonFiniteLossError: the loss or its gradient became NaN or infinite. The batch lies in `out`.
     """
-    out, mesh = Path(out), make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     program = build(loss_fn, init, config, mesh, frozen=frozen, optimizer=optimizer, rules=rules)
-    rest = () if frozen is None else (frozen,)
-    if jax.process_count() > 1:  # arrays of this process alone; as numpy they may go to the devices of all
-        rest = jax.tree.map(np.asarray, rest)
-    rest = jax.device_put(rest, jax.tree.map(lambda x: x.sharding, program.frozen))
+    rest = () if frozen is None else (jax.device_put(frozen, params_layout(frozen, mesh)[0]),)
+    batches = open_source(data, program.across)
+    return drive(program, batches, config, Path(out), rest, resume=resume, evaluate=evaluate)
+
+
+def drive(
+    program: Program,
+    batches: PositionedIterator,
+    config: LoopConfig,
+    out: Path,
+    rest: tuple[Any, ...] = (),
+    *,
+    resume: bool = False,
+    evaluate: Callable[..., Mapping[str, float]] | None = None,
+) -> Any:
+    """The loop of `fit`, around a step that was built elsewhere.
+
+    Args:
+        program: its metrics need "loss" and "grad_norm"; its state needs `params`, and may hold whatever else.
+        batches: rows of this process.
+        rest: what the step and `evaluate` get after state or parameters and batch.
+        config, out, resume, evaluate: as for `fit`.
+
+    Raises:
+        as `fit` does.
+    """
+    mesh = program.mesh
     with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", config.keep) as checkpoints, stop_flag() as stop:
-        batches, latest = open_source(data, program.across), checkpoints.latest
+        latest = checkpoints.latest
         if latest is None:
             state, first = program.start(), 0
         elif resume:

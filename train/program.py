@@ -25,7 +25,7 @@ class Program:
 
     Attributes:
         mesh: devices.
-        shapes: of the state, as `ShapeDtypeStruct`s that carry their sharding.
+        shapes: of the state (a `TrainState` where `build` made it), as `ShapeDtypeStruct`s that carry their sharding.
         across: sharding of a batch's leading axis.
         frozen: shapes of what is not trained, as a tuple of one or none.
         report: a line for every array that could not be cut as the rules want.
@@ -35,15 +35,15 @@ class Program:
     """
 
     mesh: Mesh
-    shapes: TrainState
+    shapes: Any
     across: NamedSharding
     frozen: tuple[Any, ...]
     report: list[str]
-    start: Callable[[], TrainState]
+    start: Callable[[], Any]
     step: Any
 
     @property
-    def layout(self) -> TrainState:
+    def layout(self) -> Any:
         """Shardings of the state."""
         return jax.tree.map(lambda x: x.sharding, self.shapes)
 

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax.data import (
@@ -48,6 +47,8 @@ from effjax.io.checkpoint import save_checkpoint
 from train.command import run, same_settings
 from train.config import LoopConfig
 from train.finetune import PASSING
+from train.loop import drive
+from train.program import Program
 from train.sample_tasks import Task, read_task
 from train.sharding import BATCH_AXES, make_mesh
 from train.step import make_optimizer
@@ -113,6 +114,10 @@ class SampleConfig(LoopConfig):
             )
         if self.dataset == "text" and {"el2n", "prototypes"} & set(self.samplers):
             raise ConfigError("el2n and prototypes score images: leave them out of --samplers for text")
+        if self.accumulate != 1 or self.compute_dtype != "float32":
+            raise ConfigError(
+                "samplers need the losses of a whole batch in float32: leave accumulate and compute_dtype"
+            )
         if self.eval_every < 1:
             raise ConfigError(f"eval_every={self.eval_every}: the curves need at least 1")
 
@@ -160,36 +165,38 @@ class Runner:
     def __init__(self, config: SampleConfig, task: Task, name: Name, optimizer: Any):
         self.config, self.task, self.name, self.optimizer = config, task, name, optimizer
         self.sampler = make_sampler(config, name, task.n)
+        self.whole = NamedSharding(make_mesh(config.mesh), PartitionSpec())
         self.steps: dict[Shape | None, Callable[..., Any]] = {}
         self.full = jax.jit(partial(all_losses, task.losses, batch=min(256, task.n)))
 
     def start(self) -> Sampled:
-        """Parameters from the seed, and scores where the sampler needs them."""
+        """Parameters from the seed, and scores where the sampler needs them; the same on all devices."""
         config, task = self.config, self.task
         params = task.init(jax.random.key(config.seed))
         scores = self._scores() if self.name in ("el2n", "prototypes") else None
         spec = Spec(seed=config.seed, features=task.features, scores=scores)
-        return Sampled.start(params, self.optimizer, self.sampler.init(task.n, spec))
+        state = Sampled.start(params, self.optimizer, self.sampler.init(task.n, spec))
+        return jax.device_put(state, self.whole)
 
     def _scores(self) -> jax.Array:
         config, task = dataclasses.replace(self.config, samplers=("uniform",), scales="none"), self.task
         scout = Runner(config, task, "uniform", self.optimizer)
         state = scout.start()
-        for step in range(config.score_steps):
-            state, _ = scout.step(state, step)
+        for number in range(config.score_steps):
+            state, _ = scout.step(state, number, task.examples)
         logits = jax.jit(task.logits)(state.params)
         if self.name == "el2n":
             return el2n(logits, task.examples[1])
         return prototype_distances(logits, task.labels, key=jax.random.key(config.seed))
 
-    def step(self, state: Sampled, number: int) -> tuple[Sampled, Any]:
+    def step(self, state: Sampled, number: Any, examples: Any) -> tuple[Sampled, Any]:
         """One step: a full pass before it where one is due."""
-        shape = shape_of(self.config, self.task, number)
+        number = int(number)
         if isinstance(self.sampler, ExactLoss) and number % self.sampler.every == 0:
-            losses = self.full(state.params, self.task.examples)
+            losses = self.full(state.params, examples)
             state = dataclasses.replace(state, sampler=self.sampler.refresh(state.sampler, losses))
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
-        return self._program(shape)(state, key, self.task.examples)
+        return self._program(shape_of(self.config, self.task, number))(state, key, examples)
 
     def _program(self, shape: Shape | None) -> Callable[..., Any]:
         if shape not in self.steps:
@@ -206,8 +213,25 @@ class Runner:
             else:
                 reweight = LossReweighting() if self.name == "reweighted" else None
                 step = sampled_step(self.sampler, losses, self.optimizer, batch, reweight=reweight)
-            self.steps[shape] = jax.jit(step, donate_argnums=0)
+            self.steps[shape] = jax.jit(step, donate_argnums=0, out_shardings=self.whole)
         return self.steps[shape]
+
+    def program(self) -> Program:
+        """What the loop drives. Steps are compiled by trying them on a copy of the state, so that no curve shows it."""
+        state, tried = self.start(), set()
+        for number in range(self.config.steps):
+            if (shape := shape_of(self.config, self.task, number)) not in tried:
+                tried.add(shape)
+                jax.block_until_ready(self.step(jax.tree.map(jnp.copy, state), number, self.task.examples))
+        return Program(
+            mesh=self.whole.mesh,  # type: ignore[arg-type]
+            shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), state),
+            across=self.whole,
+            frozen=(self.task.examples,),
+            report=[],
+            start=lambda: state,
+            step=self.step,
+        )
 
     def overhead(self, state: Any) -> float:
         """Seconds of a draw and an update alone, the median of several."""
@@ -225,53 +249,59 @@ class Runner:
         return float(np.median(times[1:]))
 
 
+class _Numbers:
+    """The number of each step, which is all that a step needs of the host."""
+
+    def __init__(self):
+        self.following = 0
+
+    def __next__(self) -> np.ndarray:
+        self.following += 1
+        return np.asarray(self.following - 1, np.int32)
+
+    def get_state(self) -> dict[str, int]:
+        return {"following": self.following}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.following = state["following"]
+
+
 def train_one(config: SampleConfig, task: Task, name: Name) -> dict[str, float] | None:
     """Trains with one sampler and writes its folder; None where it was stopped."""
     out = config.out / name
-    optimizer = make_optimizer(config)
-    runner = Runner(config, task, name, optimizer)
-    file, records = out / "metrics.jsonl", []
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
-    with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as checkpoints:
-        whole = NamedSharding(make_mesh(config.mesh), PartitionSpec())
-        state, first = jax.device_put(runner.start(), whole), checkpoints.latest_step() or 0
-        if first and not config.resume:
-            raise ConfigError(f"{out} already holds a run at step {first}: pass --resume, or name another folder")
-        if first:
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = checkpoints.restore(first, args=ocp.args.StandardRestore(target))
-            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-            records = [line for line in lines if line["step"] <= first]
-        last = {"seconds": 0.0, "examples": 0, "overhead": 0.0} | (records[-1] if records else {})
-        seconds, seen, step_times = last["seconds"], last["examples"], []
-        compiled: set[Shape | None] = set()
-        for number in range(first, config.steps):
-            shape = shape_of(config, task, number)
-            if shape not in compiled:  # outside of the clock
-                jax.block_until_ready(runner.step(jax.tree.map(jnp.array, state), number))
-                compiled.add(shape)
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(runner.step(state, number))
-            step_times.append(time.perf_counter() - began)
-            seconds, seen, done = seconds + step_times[-1], seen + (shape.batch if shape else config.batch), number + 1
-            ends = done in (config.steps, config.stop_at)
-            if done % config.eval_every == 0 or done % config.save_every == 0 or ends:
-                figures = {name: float(value) for name, value in task.evaluate(state.params).items()}
-                records.append({"step": done, "seconds": seconds, "examples": seen, **figures})
-                print(f"{name}: step {done}/{config.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-            if done % config.save_every == 0 or ends:
-                checkpoints.save(done, args=ocp.args.StandardSave(state))
-                checkpoints.wait_until_finished()
-                file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            if ends and done < config.steps:
-                return None
-    if step_times:
-        share = min(1.0, runner.overhead(state.sampler) / float(np.median(step_times)))
-        (out / "overhead.json").write_text(json.dumps({"sampler_share_of_step": share}) + "\n", encoding="utf-8")
+    runner = Runner(config, task, name, make_optimizer(config))
+    state = drive(
+        runner.program(),
+        _Numbers(),
+        config,
+        out,
+        (task.examples,),
+        resume=config.resume,
+        evaluate=lambda params, _: task.evaluate(params),
+    )
+    records = read_records(out)
+    if records[-1]["step"] < config.steps:
+        return None
+    share = runner.overhead(state.sampler) / float(np.median([record["seconds"] for record in records]))
     params = jax.tree.map(np.asarray, state.params)
     (config.out / "model").mkdir(exist_ok=True)
     save_checkpoint(config.out / "model" / name, params, config=task.described, overwrite=True)
-    return records[-1] | json.loads((out / "overhead.json").read_text(encoding="utf-8"))
+    return curve(records, task.measure)[-1] | {"sampler_share_of_step": min(1.0, share)}
+
+
+def read_records(out: Path) -> list[dict[str, float]]:
+    """The loop's record of every step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def curve(records: list[dict[str, float]], measure: str) -> list[dict[str, float]]:
+    """What was measured, with the seconds and the examples that it took until then."""
+    seconds, examples = (np.cumsum([record[field] for record in records]) for field in ("seconds", "count"))
+    return [
+        {"seconds": float(after), "examples": float(seen), measure: record[measure]}
+        for record, after, seen in zip(records, seconds, examples, strict=True)
+        if measure in record
+    ]
 
 
 def plot(config: SampleConfig, measure: str) -> None:
@@ -283,9 +313,8 @@ def plot(config: SampleConfig, measure: str) -> None:
     axes = {"seconds": "seconds", "examples": "examples trained on"}
     for panel, (by, label) in zip(panels, axes.items(), strict=True):
         for name in config.samplers:
-            lines = (config.out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines]
-            panel.plot([r[by] for r in records], [r[measure] for r in records], marker=".", label=name)
+            points = curve(read_records(config.out / name), measure)
+            panel.plot([p[by] for p in points], [p[measure] for p in points], marker=".", label=name)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(measure)
@@ -295,6 +324,8 @@ def plot(config: SampleConfig, measure: str) -> None:
 
 def sample(config: SampleConfig) -> dict[str, float] | None:
     """Trains with every sampler; the figures of the last evaluation of each."""
+    if jax.process_count() > 1:
+        raise ConfigError("train.sample holds all examples on every device: run it in one process")
     mesh = make_mesh(config.mesh)
     if config.batch % mesh.size:
         raise ConfigError(f"batch={config.batch}: mesh {config.mesh!r} has {mesh.size} devices; choose a multiple")
@@ -309,7 +340,8 @@ def sample(config: SampleConfig) -> dict[str, float] | None:
         with jax.set_mesh(mesh):
             found = train_one(config, task, name)
         if found is None:
-            print(f"stopped at step {config.stop_at} of {config.steps} with {name}; go on with --resume")
+            done = int(read_records(config.out / name)[-1]["step"])
+            print(f"stopped at step {done} of {config.steps} with {name}; go on with --resume")
             return None
         figures |= {f"{name} {what}": found[what] for what in (task.measure, "seconds", "sampler_share_of_step")}
     plot(config, task.measure)

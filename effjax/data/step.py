@@ -55,7 +55,8 @@ def sampled_step(
         reweight: of the losses within the batch, beside the sampler's weights.
 
     Returns:
-        The step. `examples` are all of them, a pytree of `[n, ...]`; metrics are (sum, count) pairs.
+        The step. `examples` are all of them, a pytree of `[n, ...]`; metrics are (sum, count) pairs, of the loss and
+        of the norm of the gradient.
 
     Example:
         >>> from effjax.data import Spec, Uniform
@@ -72,9 +73,9 @@ def sampled_step(
 
     def step(run: Sampled, key: Key[Array, ""], examples: Any) -> tuple[Sampled, dict[str, Any]]:
         ids, weights = sampler.draw(run.sampler, key, batch)
-        run, each = _trained(run, losses, optimizer, _rows(examples, ids), weights, reweight)
+        run, each, norm = _trained(run, losses, optimizer, _rows(examples, ids), weights, reweight)
         run = dataclasses.replace(run, sampler=sampler.update(run.sampler, ids, each))
-        return run, {"loss": (each.sum(), jnp.float32(batch))}
+        return run, {"loss": (each.sum(), jnp.float32(batch)), "grad_norm": (norm, jnp.ones(()))}
 
     return step
 
@@ -93,9 +94,9 @@ def selective_step(
         drawn = _rows(examples, ids)
         each = losses(run.params, drawn)
         places, weights = sampler.choose(run.sampler, key, each, batch)
-        run, _ = _trained(run, losses, optimizer, _rows(drawn, places), weights, None)
+        run, _, norm = _trained(run, losses, optimizer, _rows(drawn, places), weights, None)
         run = dataclasses.replace(run, sampler=sampler.update(run.sampler, ids, each))
-        return run, {"loss": (each.sum(), jnp.float32(candidates))}
+        return run, {"loss": (each.sum(), jnp.float32(candidates)), "grad_norm": (norm, jnp.ones(()))}
 
     return step
 
@@ -106,8 +107,8 @@ def _rows(examples: Any, ids: jax.Array) -> Any:
 
 def _trained(
     run: Sampled, losses: Losses, optimizer: Any, drawn: Any, weights: jax.Array, reweight: LossReweighting | None
-) -> tuple[Sampled, jax.Array]:
-    """After a step of the optimizer, and the losses before it."""
+) -> tuple[Sampled, jax.Array, jax.Array]:
+    """After a step of the optimizer, the losses before it, and the norm of the gradient."""
 
     def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
         each = losses(params, drawn)
@@ -116,7 +117,7 @@ def _trained(
     grads, each = jax.grad(mean_loss, has_aux=True)(run.params)
     updates, opt_state = optimizer.update(grads, run.opt_state, run.params)
     params = optax.apply_updates(run.params, updates)
-    return Sampled(params=params, opt_state=opt_state, sampler=run.sampler), each
+    return Sampled(params=params, opt_state=opt_state, sampler=run.sampler), each, optax.tree.norm(grads)
 
 
 def all_losses(losses: Losses, params: Any, examples: Any, batch: int) -> Float[Array, " n"]:

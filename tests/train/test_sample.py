@@ -1,14 +1,14 @@
 """Samplers from the command line: every one trains, resumes to the same weights, scales keep few shapes, errors."""
 
-import json
 import sys
 
+import chex
 import numpy as np
 import pytest
 
 from effjax.errors import ConfigError
 from effjax.io.checkpoint import load_checkpoint
-from train.sample import SampleConfig, main, shape_of
+from train.sample import SampleConfig, curve, main, read_records, shape_of
 from train.sample_tasks import read_task
 
 FLAGS = ["--steps", "4", "--batch", "8", "--warmup", "1", "--eval-every", "2", "--save-every", "2"]
@@ -40,21 +40,17 @@ def test_samplers_train_and_resume_to_the_same_weights(images, monkeypatch, tmp_
     flags = ("--data", images, "--samplers", "nws")
     sample(monkeypatch, tmp_path / "whole", *flags)
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
-    for name in ("nws",):
-        lines = (tmp_path / "whole" / name / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        assert [r["step"] for r in records] == [2, 4] and [r["examples"] for r in records] == [16, 32]
-        assert 0 < records[0]["seconds"] < records[1]["seconds"] and 0 <= records[1]["accuracy"] <= 1
-        share = json.loads((tmp_path / "whole" / name / "overhead.json").read_text())["sampler_share_of_step"]
-        assert 0 < share <= 1
+    records = read_records(tmp_path / "whole" / "nws")
+    assert [r["step"] for r in records] == [1, 2, 3, 4] and {r["count"] for r in records} == {8}
+    points = curve(records, "accuracy")
+    assert [p["examples"] for p in points] == [16, 32]
+    assert 0 < points[0]["seconds"] < points[1]["seconds"] and 0 <= points[1]["accuracy"] <= 1
+    assert "nws sampler_share_of_step" in capsys.readouterr().out
     sample(monkeypatch, tmp_path / "parts", *flags, "--stop-at", 2)
     assert "stopped at step 2 of 4 with nws; go on with --resume" in capsys.readouterr().out
     sample(monkeypatch, tmp_path / "parts", *flags, "--resume")
-    for name in ("nws",):
-        for layer, leaves in weights(tmp_path / "whole", name).items():
-            for leaf, value in leaves.items():
-                np.testing.assert_array_equal(value, weights(tmp_path / "parts", name)[layer][leaf])
-    with pytest.raises(SystemExit, match="error: .*nws already holds a run at step 4: pass --resume"):
+    chex.assert_trees_all_equal(weights(tmp_path / "whole", "nws"), weights(tmp_path / "parts", "nws"))
+    with pytest.raises(SystemExit, match="error: .*nws already holds a run at step 4: pass resume"):
         sample(monkeypatch, tmp_path / "parts", *flags)
 
 
@@ -74,8 +70,8 @@ def test_sizes_of_images_and_a_mesh(images, monkeypatch, tmp_path):
     task = read_task(config)
     shapes = [shape_of(config, task, step) for step in range(40)]
     assert {(s.height, s.batch) for s in shapes} == {(8, 8), (12, 2)}
-    last = json.loads((tmp_path / "uniform" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["examples"] == sum(shape.batch for shape in shapes[:2])
+    counts = [record["count"] for record in read_records(tmp_path / "uniform")]
+    assert counts == [shape.batch for shape in shapes[:2]]
 
 
 def test_text(monkeypatch, tmp_path):
@@ -97,6 +93,7 @@ def test_text(monkeypatch, tmp_path):
         ({"kept_share": 0.0}, "kept_share=0.0: must be between 0 and 1"),
         ({"scales": "msc_vbs", "samplers": ("selective",)}, "--scales msc_vbs is for images, and not for selective"),
         ({"dataset": "text", "samplers": ("el2n",)}, "el2n and prototypes score images"),
+        ({"accumulate": 2}, "samplers need the losses of a whole batch in float32"),
         ({"eval_every": 0}, "eval_every=0: the curves need at least 1"),
     ],
 )
