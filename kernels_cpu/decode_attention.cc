@@ -42,8 +42,8 @@ bool Hold(const ffi::AnyBuffer& x, int64_t bits, const AttentionProblem& p, Slot
 ffi::Error DecodeAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                            ffi::Buffer<ffi::F32> low, ffi::Buffer<ffi::F32> step, ffi::Buffer<ffi::S32> start,
                            ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::F32> asked,
-                           ffi::Buffer<ffi::S32> table, int64_t k_bits, int64_t v_bits, float quantile, float multiple, bool peaked,
-                           int64_t variant, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> received) {
+                           ffi::Buffer<ffi::S32> table, int64_t k_bits, int64_t v_bits, float quantile,
+                           float multiple, bool peaked, int64_t variant, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> received) {
   const auto dims = q.dimensions();
   if (dims.size() != 4 || k.dimensions().size() != 4) return Bad("q, k and v must have four axes");
   AttentionProblem p = {};

@@ -44,7 +44,7 @@ def save_coders(file: str | Path, coders: KVCoders | NomadLayers, *, overwrite: 
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_coders(f"{folder}/kv.safetensors", KVCoders(keys=(coder, None), values=(None, coder)))
         ...     load_coders(f"{folder}/kv.safetensors").keys[0].coding
-        CQ(channels=4, bits=4, fisher=False, iterations=50, table_dtype='float16')
+        CQ(channels=4, bits=4, fisher=False, by_channel=False, iterations=50, table_dtype='float16')
     """
     if isinstance(coders, NomadLayers):
         books = {f"layers.{layer}.books": np.asarray(book) for layer, book in enumerate(coders.books)}
