@@ -59,7 +59,7 @@ def vector_kmeans(
             distances = lengths - jnp.dot(centres, points.T, precision="highest")
             # Equal distances count for each of the centres: comparing with the minimum is a vector operation, where an
             # argmin goes point by point on most backends, and hardly any but equal centres are at equal distances.
-            members = (distances == jnp.min(distances, axis=0)).astype(jnp.float32)
+            members = jnp.where(distances == jnp.min(distances, axis=0), 1.0, 0.0)
             return sums + jnp.dot(members, counted, precision="highest"), None
 
         sums, _ = jax.lax.scan(add, jnp.zeros((entries, pieces[1].shape[-1]), jnp.float32), pieces)
