@@ -19,7 +19,7 @@ from benchmarks.bars import Bar, conclude
 from effjax.sketch import Subspace, average
 
 SEEDS = (0, 1, 2)
-RATES = (1e-2, 3e-2, 1e-1)  # of devices
+RATES = (1e-2, 3e-2)  # of devices
 TOP = 20
 INIT = 0.1  # deviation of vectors at the start
 
