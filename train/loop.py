@@ -24,7 +24,7 @@ from train.input import PositionedIterator, Source, open_source
 from train.metrics import MetricsLog, means, progress
 from train.processes import is_main, stop_flag
 from train.program import Program, build
-from train.sharding import Rules, make_mesh, params_layout
+from train.sharding import Rules, make_mesh
 from train.step import LossFn, Metrics, TrainState
 
 
@@ -69,7 +69,8 @@ def fit(
     """
     mesh = make_mesh(config.mesh)
     program = build(loss_fn, init, config, mesh, frozen=frozen, optimizer=optimizer, rules=rules)
-    rest = () if frozen is None else (jax.device_put(frozen, params_layout(frozen, mesh)[0]),)
+    rest = () if frozen is None else (frozen,)
+    rest = jax.device_put(rest, jax.tree.map(lambda x: x.sharding, program.frozen))
     batches = open_source(data, program.across)
     return drive(program, batches, config, Path(out), rest, resume=resume, evaluate=evaluate)
 
