@@ -40,7 +40,7 @@ class Generate:
     kv_code: OptionalName = None
     """Holds the cache as codes: cq1, cq2, cq4 (coupled channels, so many bits each), cq-8c8b and the like, kvquant1 to
     kvquant8, int1 to int8; or keys alone, looked up: nomad1, nomad2, nomad4. Learned from the calibration text; or a
-    file that `effjax calibrate-kv` wrote."""
+    file that `effjax calibrate-kv` wrote. kivi1 to kivi8 learn nothing."""
     prefill_chunk: OptionalInt = None
     """Prompt tokens that run at once, with --kv, which evicts behind each chunk. Without it the prompt is one chunk."""
     draft: OptionalName = None

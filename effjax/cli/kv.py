@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _COUPLED = {1: (8, 8), 2: (4, 8), 4: (2, 8)}  # bits a channel: channels and bits of a code
 _CODES = (
-    "cq1, cq2, cq4 (bits a channel), cq-8c8b and the like, kvquant1 to kvquant8, int1 to int8, nomad1, nomad2, nomad4"
+    "cq1, cq2, cq4 (bits a channel), cq-8c8b and the like, kvquant1 to kvquant8, int1 to int8, kivi1 to kivi8, nomad1, "
+    "nomad2, nomad4"
 )
 
 
@@ -69,7 +70,7 @@ def coding(name: str, head_dim: int) -> "KVCoding | NoMAD":
         return channels
 
     coupled = re.fullmatch(r"cq-(\d+)c(\d+)b", name)
-    plain = re.fullmatch(r"(cq|kvquant|int)(\d+)", name)
+    plain = re.fullmatch(r"(cq|kvquant|int|kivi)(\d+)", name)
     try:
         if name in ("nomad1", "nomad2", "nomad4"):
             return kv.NoMAD(d_sub=dividing(int(name[-1])))
@@ -77,7 +78,7 @@ def coding(name: str, head_dim: int) -> "KVCoding | NoMAD":
             channels, bits = map(int, coupled.groups()) if coupled else _COUPLED[int(plain[2])]  # type: ignore[index]
             return kv.CQ(channels=dividing(channels), bits=bits)
         if plain and plain[1] != "cq":
-            kinds: dict[str, Any] = {"kvquant": kv.KVQuant, "int": kv.IntKV}
+            kinds: dict[str, Any] = {"kvquant": kv.KVQuant, "int": kv.IntKV, "kivi": kv.KIVI}
             return kinds[plain[1]](bits=int(plain[2]), head_dim=head_dim)
     except ConfigError:
         raise
@@ -87,7 +88,7 @@ def coding(name: str, head_dim: int) -> "KVCoding | NoMAD":
 
 
 def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KVCoders | NomadLayers":
-    """The coders in a file, or those that the calibration text gives for a coding of this name.
+    """The coders in a file, or those that the calibration text gives for a coding of this name; KIVI needs none.
 
     Raises:
         ConfigError, CheckpointError, CalibrationError: no such name, a damaged file, a text that is too short.
@@ -96,6 +97,8 @@ def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KV
         from effjax.kv.coders_file import load_coders
 
         return load_coders(name)
+    if name.startswith("kivi"):
+        return coding(name, model.config.head_dim).coders(model.config.num_hidden_layers)  # type: ignore[union-attr]
     return learned(name, model, calibrating)
 
 
@@ -110,10 +113,13 @@ def learned(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "K
     from effjax.arrays.base import materialize
     from effjax.kv.capture import capture_kv
     from effjax.kv.coders import fit_layers
+    from effjax.kv.kivi import KIVI
     from effjax.kv.nomad import NoMAD
     from effjax.kv.nomad_text import learn_layers
 
     method = coding(name, model.config.head_dim)
+    if isinstance(method, KIVI):
+        raise ConfigError(f"--code {name}: learns nothing from a text; write `effjax generate --kv-code {name}`")
     windows = calibrating.cut(model)
     captured = capture_kv(model.config, materialize(model.params), windows)
     key = jax.random.key(calibrating.calibration_seed)

@@ -11,11 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from effjax.arrays.base import nbytes
 from effjax.errors import ConfigError
-from effjax.kv.coded_vectors import CodedVectors
 from effjax.kv.coders import KVCoders, check_layers
-from effjax.kv.held import resize_slots
+from effjax.kv.held import is_coded, resize_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
-from effjax.kv.nomad_slots import NomadLayers, NomadSlots
+from effjax.kv.nomad_slots import NomadLayers
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +33,7 @@ class KVCache:
 
     Attributes:
         k: keys, already rotated, `[layers, batch, kv_heads, slots, head_dim]`, or a tuple of `layers` arrays without
-            the first axis, or of `CodedVectors` or `NomadSlots` where they are held as codes (`effjax.kv.held`).
+            the first axis, or of the classes that hold them as codes (`effjax.kv.held`).
         v: values, like `k`.
         positions: int32 `[layers, batch, kv_heads, slots]`, the position of the token in each slot, -1 where empty.
         scores: float32, like `positions`: what each token has received so far, summed over queries and the query heads
@@ -81,7 +80,7 @@ class KVCache:
     @property
     def is_coded(self) -> bool:
         """Whether keys or values of a layer are held as codes."""
-        return self.is_split and any(isinstance(held, CodedVectors | NomadSlots) for held in (*self.k, *self.v))
+        return self.is_split and any(is_coded(held) for held in (*self.k, *self.v))
 
     @property
     def nbytes(self) -> int:

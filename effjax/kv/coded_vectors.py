@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.errors import ConfigError
 from effjax.kv.coding import At, Coded, Coder, Vectors
+from effjax.kv.windowed_vectors import WindowedVectors, empty_window
 from effjax.models.rope import rotate
 from effjax.ops.coded_slots import CodedSlots
 
@@ -98,14 +99,14 @@ class TurningCoder:
 
 def empty_slots(
     coder: Coder, shape: tuple[int, int, int, int], dtype: Any, frequencies: Float[Array, " half"] | None = None
-) -> CodedVectors:
+) -> CodedVectors | WindowedVectors:
     """No token in slots for `shape` `[batch, kv_heads, slots, head_dim]`.
 
     Tables are copied: the memory of a cache is reused where it is donated, and that of the coder must not be.
 
     Raises:
-        ConfigError: tables of other heads; or a coding whose successive tokens share scales, or that leaves the last
-            ones uncoded.
+        ConfigError: tables of other heads; or a coding of keys before their rotation whose successive tokens share
+            scales.
     """
     try:
         coded = jax.eval_shape(coder.encode, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
@@ -119,11 +120,8 @@ def empty_slots(
             f"{coder.coding}: its tables do not fit vectors {list(shape)} (batch, kv_heads, slots, head_dim): "
             f"{reason}; learn them on this model"
         )
-    if coded.blocks or coded.recent is not None:
-        raise ConfigError(
-            f"{coder.coding}: a cache codes each token when it comes, but here successive tokens share scales or the "
-            "last ones are not coded; choose CQ, KVQuant or IntKV"
-        )
+    if getattr(coder.coding, "window", 0):
+        return empty_window(coder, shape, dtype, frequencies)
     return CodedVectors(
         tokens={name: jnp.zeros(x.shape, x.dtype) for name, x in coded.tokens.items()},
         coder=jax.tree.map(lambda x: jnp.array(x, copy=True), coder),

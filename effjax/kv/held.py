@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.errors import ConfigError
 from effjax.kv.coded_vectors import CodedVectors
 from effjax.kv.coding import At
 from effjax.kv.nomad_slots import NomadSlots
+from effjax.kv.windowed_vectors import WindowedVectors
+
+
+def is_coded(held: Any) -> bool:
+    """Whether codes hold them."""
+    return isinstance(held, CodedVectors | NomadSlots | WindowedVectors)
 
 
 def write_slots(held: Any, at: At, x: Float[Array, "batch kv_heads length head_dim"]) -> Any:
     """New tokens in their slots; a slot out of range is dropped."""
-    if isinstance(held, CodedVectors | NomadSlots):
+    if is_coded(held):
         return held.write(at, x)
     return held.at[at].set(x.astype(held.dtype), mode="drop")
 
@@ -24,7 +31,7 @@ def read_slots(
     held: Any, positions: Int[Array, "batch kv_heads slots"]
 ) -> Float[Array, "batch kv_heads slots head_dim"]:
     """The vectors in all slots."""
-    return held.read(positions) if isinstance(held, CodedVectors | NomadSlots) else held
+    return held.read(positions) if is_coded(held) else held
 
 
 def take_slots(
@@ -34,7 +41,16 @@ def take_slots(
     before: Int[Array, "batch kv_heads"],
     slots: int,
 ) -> Any:
-    """What lies in the slots of `order`, as far as they are `filled`, in `slots` slots; `before` were filled before."""
+    """What lies in the slots of `order`, as far as they are `filled`, in `slots` slots; `before` were filled before.
+
+    Raises:
+        ConfigError: successive tokens share scales, or the last ones are not coded.
+    """
+    if isinstance(held, WindowedVectors):
+        raise ConfigError(
+            f"{held.coding}: nothing can be evicted, as successive tokens share scales or the last ones are not coded; "
+            "choose CQ, KVQuant or IntKV, or evict nothing"
+        )
     if isinstance(held, NomadSlots):
         return held.take(order, filled, before, slots)
 
@@ -46,7 +62,7 @@ def take_slots(
 
 def resize_slots(held: Any, slots: int) -> Any:
     """The first `slots` slots, with empty ones behind where there were fewer."""
-    if isinstance(held, NomadSlots):
+    if isinstance(held, NomadSlots | WindowedVectors):
         return held.resized(slots)
 
     def fit(x: Array) -> Array:

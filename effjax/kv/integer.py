@@ -87,6 +87,20 @@ class PerToken:
         """Nothing: scales come with every token."""
         return None
 
+    @property
+    def run(self) -> int:
+        """Successive tokens that share scales."""
+        return 1
+
+    @property
+    def window(self) -> int:
+        """The most tokens that are not coded."""
+        return self.residual
+
+    def coded(self, count: Any) -> Any:
+        """How many of `count` tokens are coded."""
+        return count - jnp.minimum(count, self.residual)
+
     def encode(self, x: Float[Array, "*L kv_heads slots head_dim"], tables: None = None) -> Coded:
         check_head_dim(self, x.shape, self.head_dim)
         coded = max(x.shape[-2] - self.residual, 0)
@@ -98,10 +112,13 @@ class PerToken:
         return Coded(tokens={"codes": pack_codes(codes, self.bits), "low": low, "step": step}, recent=recent)
 
     def decode(self, coded: Coded, tables: None = None) -> Float[Array, "*L kv_heads slots head_dim"]:
-        codes = unpack_codes(coded.tokens["codes"], self.bits, self.head_dim)
+        return with_recent(self.of_tokens(coded.tokens), coded.recent)
+
+    def of_tokens(self, tokens: dict[str, Any]) -> Float[Array, "*L kv_heads slots head_dim"]:
+        """What codes stand for, with the scales `low` and `step` of each token beside them."""
+        codes = unpack_codes(tokens["codes"], self.bits, self.head_dim)
         groups = codes.reshape(*codes.shape[:-1], *self._cut)
-        values = minmax_values(groups, (coded.tokens["low"][..., None], coded.tokens["step"][..., None]))
-        return with_recent(values.reshape(codes.shape), coded.recent)
+        return minmax_values(groups, (tokens["low"][..., None], tokens["step"][..., None])).reshape(codes.shape)
 
     @property
     def _cut(self) -> tuple[int, int]:

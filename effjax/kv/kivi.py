@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.kv.coding import Coded, check_bits, check_whole, pack_codes, unpack_codes
+from effjax.kv.coders import KVCoders
+from effjax.kv.coding import Coded, Coder, check_bits, check_whole, pack_codes, unpack_codes
 from effjax.kv.integer import PerToken, check_head_dim, with_recent
 from effjax.kv.minmax import minmax_codes, minmax_scales, minmax_values
 
@@ -45,15 +46,28 @@ class ChannelRuns:
         if self.residual % self.group_size:
             raise ValueError(f"residual={self.residual} is no multiple of group_size={self.group_size}")
 
+    @property
+    def run(self) -> int:
+        """Successive tokens that share scales."""
+        return self.group_size
+
+    @property
+    def window(self) -> int:
+        """The most tokens that are not coded, and one more."""
+        return self.residual or self.group_size
+
+    def coded(self, count: Any) -> Any:
+        """How many of `count` tokens are coded."""
+        return count // self.window * self.window
+
     def learn(self, x: Any, grads: Any = None, *, key: Any = None) -> None:
         """Nothing: scales come with every run."""
         return None
 
     def encode(self, x: Float[Array, "*L kv_heads slots head_dim"], tables: None = None) -> Coded:
         check_head_dim(self, x.shape, self.head_dim)
-        behind = x.shape[-2] % (self.residual or self.group_size)
-        coded = x.shape[-2] - behind
-        old, recent = x[..., :coded, :], x[..., coded:, :] if behind else None
+        coded = self.coded(x.shape[-2])
+        old, recent = x[..., :coded, :], x[..., coded:, :] if coded < x.shape[-2] else None
         runs = old.reshape(*old.shape[:-2], coded // self.group_size, self.group_size, self.head_dim)
         scales = minmax_scales(runs.astype(jnp.float32), self.bits, -2)
         codes = minmax_codes(runs, scales, self.bits).reshape(old.shape)
@@ -61,11 +75,13 @@ class ChannelRuns:
         return Coded(tokens={"codes": pack_codes(codes, self.bits)}, blocks={"low": low, "step": step}, recent=recent)
 
     def decode(self, coded: Coded, tables: None = None) -> Float[Array, "*L kv_heads slots head_dim"]:
-        codes = unpack_codes(coded.tokens["codes"], self.bits, self.head_dim)
-        count = codes.shape[-2] // self.group_size
-        runs = codes.reshape(*codes.shape[:-2], count, self.group_size, self.head_dim)
-        scales = coded.blocks["low"][..., None, :], coded.blocks["step"][..., None, :]
-        return with_recent(minmax_values(runs, scales).reshape(codes.shape), coded.recent)
+        scales = {name: jnp.repeat(x, self.group_size, axis=-2) for name, x in coded.blocks.items()}
+        return with_recent(self.of_tokens({**coded.tokens, **scales}), coded.recent)
+
+    def of_tokens(self, tokens: dict[str, Any]) -> Float[Array, "*L kv_heads slots head_dim"]:
+        """What codes stand for, with the scales `low` and `step` of each token's run beside them."""
+        codes = unpack_codes(tokens["codes"], self.bits, self.head_dim)
+        return minmax_values(codes, (tokens["low"], tokens["step"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +94,8 @@ class KIVI:
         group_size: tokens of a run of keys, and channels of a group of values (at most head_dim).
         residual: tokens that stay in full precision: keys are coded when so many have come, and the last so many values
             are not coded. A multiple of `group_size`, or 0.
+
+    A cache holds it (`effjax.models.decoder.new_cache(..., coders=method.coders(layers))`), but cannot evict from it.
 
     Raises:
         ValueError: a field is out of range.
@@ -106,3 +124,13 @@ class KIVI:
     def values(self) -> PerToken:
         width = min(self.group_size, self.head_dim)
         return PerToken(bits=self.bits, head_dim=self.head_dim, group_size=width, residual=self.residual)
+
+    def coders(self, layers: int) -> KVCoders:
+        """The coders of so many layers: there is nothing to learn, so no text is needed.
+
+        Example:
+            >>> KIVI(bits=2, head_dim=64).coders(2).bits_per_channel((1, 2, 4096, 64))
+            3.0
+        """
+        keys, values = (Coder(coding=coding, tables=None) for coding in (self.keys, self.values))
+        return KVCoders(keys=(keys,) * layers, values=(values,) * layers, rotated=True)

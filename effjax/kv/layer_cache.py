@@ -13,6 +13,7 @@ from effjax.kv.coded_vectors import CodedVectors
 from effjax.kv.held import read_slots, write_slots
 from effjax.kv.importance import ATTENTION_RECEIVED, Importance
 from effjax.kv.nomad_slots import NomadSlots
+from effjax.kv.windowed_vectors import WindowedVectors
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +68,7 @@ class LayerCache:
         """The same for `effjax.models.attention.attend_to_filled`, which decodes codes piece by piece."""
 
         def one(held: Any) -> Any:
-            return held.operand(self.positions) if isinstance(held, CodedVectors) else held
+            return held.operand(self.positions) if isinstance(held, CodedVectors | WindowedVectors) else held
 
         return one(self.k), one(self.v)
 

@@ -103,6 +103,10 @@ def test_coded_cache(effjax: Callable[[str], Ran], work: Path) -> None:
     looked_up = effjax(f"calibrate-kv tiny --code nomad2 --out nomad.safetensors {windows}")
     assert looked_up.code == 0 and "nomad2, 2 bits a number" in looked_up.err, looked_up.err
     assert effjax(f"{drawn} --kv-code nomad.safetensors").code == 0
+    plain, eight = effjax(drawn), effjax(f"{drawn} --kv-code kivi8")
+    assert eight.code == 0 and eight.out == plain.out, "the window holds all 56 tokens as they came"
+    refused = effjax("calibrate-kv tiny --code kivi2 --out none.safetensors")
+    assert refused.code != 0 and "kivi2: learns nothing from a text" in refused.err, refused.err
     both = effjax(f"{drawn} --kv-code kv.safetensors --kv h2o --kv-budget 0.25 --prefill-chunk 8")
     assert both.code == 0 and "cache: 14 slots a head" in both.err, both.err
 

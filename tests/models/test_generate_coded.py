@@ -167,8 +167,9 @@ def test_caches_that_cannot_be(captured):
     def of(method, **options):
         return fit_layers(method, captured, key=jax.random.key(1), **options)
 
-    with pytest.raises(ConfigError, match=r"KIVI|successive tokens share scales"):
-        new_cache(SMALL, batch=1, slots=64, coders=of(KIVI(bits=2, head_dim=8, group_size=8, residual=8)))
+    runs = dataclasses.replace(KIVI(bits=2, head_dim=8, group_size=8, residual=8).coders(2), rotated=False)
+    with pytest.raises(ConfigError, match="make the coders with rotated=True"):
+        new_cache(SMALL, batch=1, slots=64, coders=runs)
     integers = of(CODINGS["integers"])
     with pytest.raises(ConfigError, match="the first 1 tokens uncoded"):
         new_cache(SMALL, batch=1, slots=8, coders=dataclasses.replace(integers, exact=1))
