@@ -7,6 +7,8 @@ import orbax.checkpoint as ocp
 
 from effjax.errors import CheckpointError
 
+FOLDER = "checkpoints"  # in that of the run
+
 
 class Checkpoints:
     """The folder of a run's checkpoints.
@@ -65,3 +67,9 @@ class Checkpoints:
                 f"and the optimizer it was begun with, or name another folder ({error})"
             ) from error
         return found["state"], found["data"]
+
+
+def newest(out: Path, keep: int) -> int | None:
+    """Step of the newest checkpoint of the run in `out`; None where it has none."""
+    with Checkpoints(out / FOLDER, keep) as checkpoints:
+        return checkpoints.latest

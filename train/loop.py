@@ -18,7 +18,7 @@ import optax
 from effjax.errors import ConfigError, EffjaxError
 from effjax.io.safetensors_file import write_file
 from effjax.paths import path_str
-from train.checkpoint import Checkpoints
+from train.checkpoint import FOLDER, Checkpoints
 from train.config import LoopConfig
 from train.input import PositionedIterator, Source, open_source
 from train.metrics import MetricsLog, means, progress
@@ -97,7 +97,7 @@ def drive(
         as `fit` does.
     """
     mesh = program.mesh
-    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", config.keep) as checkpoints, stop_flag() as stop:
+    with jax.set_mesh(mesh), Checkpoints(out / FOLDER, config.keep) as checkpoints, stop_flag() as stop:
         latest = checkpoints.latest
         if latest is None:
             state, first = program.start(), 0

@@ -36,24 +36,23 @@ from effjax.data import (
     Subset,
     Uniform,
     all_losses,
-    el2n,
     growing_range,
-    prototype_distances,
     sampled_step,
     selective_step,
 )
 from effjax.errors import ConfigError
 from effjax.io.checkpoint import save_checkpoint
+from train.checkpoint import newest
 from train.command import run, same_settings
 from train.config import LoopConfig
 from train.finetune import PASSING
 from train.loop import drive
 from train.program import Program
+from train.sample_scores import OF_IMAGES, SCORED, Scored, scores
 from train.sample_tasks import Task, read_task
 from train.sharding import BATCH_AXES, make_mesh
 from train.step import make_optimizer
 
-Scored = Literal["el2n", "prototypes"]
 Name = Literal["uniform", "nws", "nws_weighted", "stale", "exact", "selective", "seta", "reweighted"] | Scored
 Scales = Literal["none", "ssc_fbs", "msc_fbs", "msc_vbs", "curriculum"]
 CANDIDATES = 3  # forward passes of selective backprop, for each example that is trained on
@@ -74,8 +73,9 @@ class SampleConfig(LoopConfig):
         samplers: trained one after another from the same parameters.
         scales: sizes of images: "none", or as `effjax.data.MultiScale`; "curriculum" is MSc-VBS with a growing range.
         batch: examples a step (at the base size).
-        kept_share: of the examples, that "el2n" and "prototypes" leave.
-        score_steps: of uniform training before "el2n" and "prototypes" judge.
+        kept_share: of the examples, that "el2n", "grand", "prototypes" and "dsir" leave.
+        score_steps: of uniform training before "el2n", "grand" and "prototypes" judge.
+        target: a text file, a text a line: "dsir" keeps windows that look like it.
         exact_every: steps between two full passes of "exact".
         pool: candidates of "nws" and "stale" for each example of the batch.
         context: tokens a window of text.
@@ -92,6 +92,7 @@ class SampleConfig(LoopConfig):
     batch: int = 64
     kept_share: float = 0.5
     score_steps: int = 100
+    target: Path | None = None
     exact_every: int = 50
     pool: int = 4
     context: int = 64
@@ -112,8 +113,10 @@ class SampleConfig(LoopConfig):
             raise ConfigError(
                 f"--scales {self.scales} is for images, and not for selective backprop: write --scales none"
             )
-        if self.dataset == "text" and {"el2n", "prototypes"} & set(self.samplers):
+        if self.dataset == "text" and OF_IMAGES & set(self.samplers):
             raise ConfigError("el2n and prototypes score images: leave them out of --samplers for text")
+        if "dsir" in self.samplers and (self.dataset != "text" or self.target is None):
+            raise ConfigError("dsir scores windows of text by a target: write --dataset text --target FILE")
         if self.accumulate != 1 or self.compute_dtype != "float32":
             raise ConfigError(
                 "samplers need the losses of a whole batch in float32: leave accumulate and compute_dtype"
@@ -133,8 +136,7 @@ def make_sampler(config: SampleConfig, name: Name, n: int) -> Any:
         "stale": StaleLoss(pool=config.pool),
         "exact": ExactLoss(every=config.exact_every),
         "selective": SelectiveBackprop(),
-        "el2n": Subset(keep=config.kept_share),
-        "prototypes": Subset(keep=config.kept_share),
+        **dict.fromkeys(SCORED, Subset(keep=config.kept_share)),
         "seta": SeTa(epochs=epochs, annealing=max(1, epochs // 10)),
     }[name]
 
@@ -160,10 +162,10 @@ def shape_of(config: SampleConfig, task: Task, step: int) -> Shape | None:
 
 
 class Runner:
-    """The programs of one sampler, a step for each shape of images."""
+    """The programs of one sampler, a step for each shape of images; `resumed` where a checkpoint gives the state."""
 
-    def __init__(self, config: SampleConfig, task: Task, name: Name, optimizer: Any):
-        self.config, self.task, self.name, self.optimizer = config, task, name, optimizer
+    def __init__(self, config: SampleConfig, task: Task, name: Name, optimizer: Any, *, resumed: bool = False):
+        self.config, self.task, self.name, self.optimizer, self.resumed = config, task, name, optimizer, resumed
         self.sampler = make_sampler(config, name, task.n)
         self.whole = NamedSharding(make_mesh(config.mesh), PartitionSpec())
         self.steps: dict[Shape | None, Callable[..., Any]] = {}
@@ -173,21 +175,20 @@ class Runner:
         """Parameters from the seed, and scores where the sampler needs them; the same on all devices."""
         config, task = self.config, self.task
         params = task.init(jax.random.key(config.seed))
-        scores = self._scores() if self.name in ("el2n", "prototypes") else None
-        spec = Spec(seed=config.seed, features=task.features, scores=scores)
+        found = None
+        if self.name in SCORED:  # a run that goes on has them in its checkpoint: zeros of their shape do
+            found = jnp.zeros(task.n) if self.resumed else scores(self.name, config, task, self._scout)
+        spec = Spec(seed=config.seed, features=task.features, scores=found)
         state = Sampled.start(params, self.optimizer, self.sampler.init(task.n, spec))
         return jax.device_put(state, self.whole)
 
-    def _scores(self) -> jax.Array:
-        config, task = dataclasses.replace(self.config, samplers=("uniform",), scales="none"), self.task
-        scout = Runner(config, task, "uniform", self.optimizer)
+    def _scout(self) -> Any:
+        config = dataclasses.replace(self.config, samplers=("uniform",), scales="none")
+        scout = Runner(config, self.task, "uniform", self.optimizer)
         state = scout.start()
         for number in range(config.score_steps):
-            state, _ = scout.step(state, number, task.examples)
-        logits = jax.jit(task.logits)(state.params)
-        if self.name == "el2n":
-            return el2n(logits, task.examples[1])
-        return prototype_distances(logits, task.labels, key=jax.random.key(config.seed))
+            state, _ = scout.step(state, number, self.task.examples)
+        return state.params
 
     def step(self, state: Sampled, number: Any, examples: Any) -> tuple[Sampled, Any]:
         """One step: a full pass before it where one is due."""
@@ -269,7 +270,8 @@ class _Numbers:
 def train_one(config: SampleConfig, task: Task, name: Name) -> dict[str, float] | None:
     """Trains with one sampler and writes its folder; None where it was stopped."""
     out = config.out / name
-    runner = Runner(config, task, name, make_optimizer(config))
+    resumed = config.resume and newest(out, config.keep) is not None
+    runner = Runner(config, task, name, make_optimizer(config), resumed=resumed)
     state = drive(
         runner.program(),
         _Numbers(),
@@ -330,9 +332,8 @@ def sample(config: SampleConfig) -> dict[str, float] | None:
     if config.batch % mesh.size:
         raise ConfigError(f"batch={config.batch}: mesh {config.mesh!r} has {mesh.size} devices; choose a multiple")
     task = read_task(config)
-    same_settings(
-        config, PASSING, data=config.data.name if config.data else "", text=str(config.text and config.text.name)
-    )
+    named = {field: path.name if (path := getattr(config, field)) else "" for field in ("data", "text", "target")}
+    same_settings(config, PASSING, **named)
     whole = NamedSharding(mesh, PartitionSpec())
     task = dataclasses.replace(task, examples=jax.device_put(task.examples, whole))
     figures: dict[str, float] = {}

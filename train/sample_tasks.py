@@ -39,6 +39,7 @@ class Task:
         measure: the one that is drawn.
         size: height and width of images.
         labels: number of classes, 0 for text.
+        texts: the examples as text, where they are.
         described: for the configuration of the saved model.
     """
 
@@ -51,6 +52,7 @@ class Task:
     measure: str
     size: tuple[int, int] = (0, 0)
     labels: int = 0
+    texts: Callable[[], list[str]] = list
     described: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def logits(self, params: Any) -> jax.Array:
@@ -192,5 +194,6 @@ def text_task(config: Any) -> Task:
         losses=losses,
         evaluate=evaluate,
         measure="heldout_loss",
+        texts=lambda: tokenizer.decode_batch(rows.tolist()),
         described=shape.to_hf(),
     )

@@ -3,12 +3,15 @@
 import sys
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.errors import ConfigError
 from effjax.io.checkpoint import load_checkpoint
 from train.sample import SampleConfig, curve, main, read_records, shape_of
+from train.sample_scores import like_target, scores
 from train.sample_tasks import read_task
 
 FLAGS = ["--steps", "4", "--batch", "8", "--warmup", "1", "--eval-every", "2", "--save-every", "2"]
@@ -62,6 +65,36 @@ def test_the_others_train_too(images, monkeypatch, tmp_path):
         assert np.isfinite(weights(tmp_path, name)["head"]["kernel"]).all()
 
 
+def test_a_scored_run_resumes_without_scoring_again(images, monkeypatch, tmp_path):
+    flags = ("--data", images, "--score-steps", 2, "--samplers", "grand")
+    sample(monkeypatch, tmp_path / "whole", *flags)
+    sample(monkeypatch, tmp_path / "parts", *flags, "--stop-at", 2)
+    monkeypatch.setattr("train.sample.scores", None)  # a call would fail
+    sample(monkeypatch, tmp_path / "parts", *flags, "--resume")
+    chex.assert_trees_all_equal(weights(tmp_path / "whole", "grand"), weights(tmp_path / "parts", "grand"))
+
+
+def test_grand_is_the_length_of_each_gradient(images, tmp_path):
+    config = SampleConfig(out=tmp_path, data=images, steps=2, warmup=1)
+    task = read_task(config)
+    params = task.init(jax.random.key(3))
+    found = scores("grand", config, task, lambda: params)
+    for i in (0, 7):
+        example = jax.tree.map(lambda x, i=i: x[i : i + 1], task.examples)
+        gradient = jax.grad(lambda p, example=example: task.losses(p, example)[0])(params)
+        wanted = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-4)
+
+
+def test_windows_like_a_target_are_kept(tmp_path):
+    target = tmp_path / "target.txt"
+    target.write_text("green stone by the river\nthe river and the stone\n")
+    texts = ["import numpy as np", "a stone in the river", "def f(x): return x", "the green river", "x = y + 1"]
+    assert like_target(texts, target, 0.4, seed=0).tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(ConfigError, match="--target .*none.txt: cannot be read as UTF-8 text"):
+        like_target(texts, tmp_path / "none.txt", 0.4, seed=0)
+
+
 def test_sizes_of_images_and_a_mesh(images, monkeypatch, tmp_path):
     """Two devices; the batches are those of the shapes."""
     flags = ("--data", images, "--scales", "msc_vbs", "--samplers", "uniform", "--mesh", "data=2", "--steps", 2)
@@ -84,6 +117,8 @@ def test_text(monkeypatch, tmp_path):
     text.write_text("".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz    "), 9000)))
     sample(monkeypatch, tmp_path / "out", *flags)
     assert "heldout_loss" in (tmp_path / "out" / "uniform" / "metrics.jsonl").read_text()
+    sample(monkeypatch, tmp_path / "like", *flags[:-3], "dsir", "--steps", 2, "--target", text, "--kept-share", 0.2)
+    assert "heldout_loss" in (tmp_path / "like" / "dsir" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +128,7 @@ def test_text(monkeypatch, tmp_path):
         ({"kept_share": 0.0}, "kept_share=0.0: must be between 0 and 1"),
         ({"scales": "msc_vbs", "samplers": ("selective",)}, "--scales msc_vbs is for images, and not for selective"),
         ({"dataset": "text", "samplers": ("el2n",)}, "el2n and prototypes score images"),
+        ({"samplers": ("dsir",)}, "write --dataset text --target FILE"),
         ({"accumulate": 2}, "samplers need the losses of a whole batch in float32"),
         ({"eval_every": 0}, "eval_every=0: the curves need at least 1"),
     ],
