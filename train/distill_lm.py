@@ -212,7 +212,8 @@ def distill(config: LmDistillConfig) -> dict[str, float] | None:
         f"{count:,} weights learn from {whole:,}; held-out loss {before['heldout_loss']:.4f} before, teacher's", end=" "
     )
     print(f"{before['teacher_loss']:.4f}", flush=True)
-    state = fit(loss_fn, trained, batch_at, config, config.out, resume=config.resume, evaluate=evaluate, frozen=frozen)
+    options = {"resume": config.resume, "evaluate": evaluate, "frozen": frozen, "unit": "tokens"}
+    state = fit(loss_fn, trained, batch_at, config, config.out, **options)
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")
         return None

@@ -237,7 +237,13 @@ def finetune(config: FinetuneConfig) -> dict[str, float] | None:
     optimizer = make_optimizer(config)
     if config.method == "spallm":  # outputs differ in size, and Adam's steps do not
         optimizer = optax.chain(optimizer, scale_by_spread())
-    options = {"resume": config.resume, "evaluate": evaluate, "frozen": frozen, "optimizer": optimizer}
+    options = {
+        "resume": config.resume,
+        "evaluate": evaluate,
+        "frozen": frozen,
+        "optimizer": optimizer,
+        "unit": "tokens",
+    }
     state = fit(loss_fn, trained, batch_at, config, config.out, **options)
     if int(state.step) < config.steps:
         print(f"stopped at step {int(state.step)} of {config.steps}; go on with --resume")

@@ -202,6 +202,7 @@ def train(config: LmConfig) -> dict[str, float] | None:
         config.out,
         resume=config.resume,
         evaluate=evaluate,
+        unit="tokens",
     )
     if is_main() and int(state.step) >= first:
         before.append(f"{command_of(config)}  # steps {first} to {int(state.step)}")

@@ -44,6 +44,7 @@ def fit(
     frozen: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     rules: Rules | None = None,
+    unit: str = "examples",
 ) -> TrainState:
     """Trains until `config.steps`, `config.stop_at` or SIGTERM, and returns the last state.
 
@@ -60,6 +61,7 @@ def fit(
             `evaluate`, where given.
         optimizer: None for `make_optimizer(config)`.
         rules: which dimensions of a parameter are cut over which axes of the mesh; see `train.sharding.params_layout`.
+        unit: what the count of `loss_fn` counts, for the line of progress.
 
     Raises:
         ConfigError: `out` holds a run that `resume` was not asked for, the mesh or the batch does not fit, or the data
@@ -72,7 +74,7 @@ def fit(
     rest = () if frozen is None else (frozen,)
     rest = jax.device_put(rest, jax.tree.map(lambda x: x.sharding, program.frozen))
     batches = open_source(data, program.across)
-    return drive(program, batches, config, Path(out), rest, resume=resume, evaluate=evaluate)
+    return drive(program, batches, config, Path(out), rest, resume=resume, evaluate=evaluate, unit=unit)
 
 
 def drive(
@@ -84,6 +86,7 @@ def drive(
     *,
     resume: bool = False,
     evaluate: Callable[..., Mapping[str, float]] | None = None,
+    unit: str = "examples",
 ) -> Any:
     """The loop of `fit`, around a step that was built elsewhere.
 
@@ -91,7 +94,7 @@ def drive(
         program: its metrics need "loss" and "grad_norm"; its state needs `params`, and may hold whatever else.
         batches: rows of this process.
         rest: what the step and `evaluate` get after state or parameters and batch.
-        config, out, resume, evaluate: as for `fit`.
+        config, out, resume, evaluate, unit: as for `fit`.
 
     Raises:
         as `fit` does.
@@ -107,7 +110,7 @@ def drive(
         else:
             raise ConfigError(f"{out} already holds a run at step {latest}: pass resume, or name another folder")
 
-        with _Recorder(config, out, first, checkpoints) as recorder:
+        with _Recorder(config, out, first, checkpoints, unit) as recorder:
             if is_main() and mesh.size > 1:
                 whole, each = program.state_bytes
                 print(f"mesh {config.mesh}: state of {whole / 1e6:,.1f} MB, {each / 1e6:,.1f} MB on each device")
@@ -136,7 +139,7 @@ def drive(
 class _Recorder(contextlib.ExitStack):
     """Reads the metrics of each step one step late, refuses what is not finite, and writes the rest down."""
 
-    def __init__(self, config: LoopConfig, out: Path, first: int, checkpoints: Checkpoints):
+    def __init__(self, config: LoopConfig, out: Path, first: int, checkpoints: Checkpoints, unit: str):
         super().__init__()
         self._config, self._out, self._checkpoints = config, out, checkpoints
         self._pending: tuple[int, Metrics, Any, float] | None = None
@@ -144,7 +147,7 @@ class _Recorder(contextlib.ExitStack):
         self.stopping = False  # a process has asked to stop, as all of them know at the same step
         if is_main():
             self._log = self.enter_context(MetricsLog(out, first, tensorboard=config.tensorboard))
-            self._show = self.enter_context(progress(config, first))
+            self._show = self.enter_context(progress(config, first, unit))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
         try:

@@ -87,12 +87,13 @@ def _event_writer(folder: Path, first: int) -> Any:
 
 
 @contextmanager
-def progress(config: LoopConfig, first: int) -> Iterator[Callable[[Mapping[str, float], bool], None]]:
+def progress(config: LoopConfig, first: int, unit: str) -> Iterator[Callable[[Mapping[str, float], bool], None]]:
     """A live bar on a terminal, a plain line every `log_every` steps elsewhere.
 
     Args:
         config: steps and how often.
         first: steps done when the run goes on.
+        unit: of the rate.
 
     Yields:
         `(record, evaluated)`: shows a step; one that was evaluated has a line of its own.
@@ -102,7 +103,7 @@ def progress(config: LoopConfig, first: int) -> Iterator[Callable[[Mapping[str, 
     def describe(record: Mapping[str, float]) -> str:
         rate = float(np.median(speed))
         extra = "".join(f"  {k} {v:.4f}" for k, v in record.items() if k not in BASE_FIELDS)
-        return f"loss {record['loss']:.4f}{extra}  {rate:,.0f} tokens/s"
+        return f"loss {record['loss']:.4f}{extra}  {rate:,.0f} {unit}/s"
 
     if sys.stdout.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
