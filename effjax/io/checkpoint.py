@@ -23,6 +23,7 @@ from effjax.paths import leaves_with_paths
 
 FORMAT = 1  # of one weights file
 SHARDED_FORMAT = 2  # of several: the manifest names them under "weights"
+OWN_HASH = "sha256"  # of the other entries
 INDEX = "model.safetensors.index.json"
 WEIGHTS, CONFIG, RECIPE, TOKENIZER, CARD, MANIFEST = (
     "model.safetensors",
@@ -137,6 +138,7 @@ def texts_of(
         "tensors": dict(hashes),
         "files": {name: _hash(text.encode()) for name, text in texts.items()},
     }
+    contents[OWN_HASH] = _own_hash(contents)
     texts[MANIFEST] = json.dumps(contents, indent=1) + "\n"
     return texts
 
@@ -247,13 +249,22 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT} and {SHARDED_FORMAT}: "
             "update effjax"
         )
+    own = manifest.pop(OWN_HASH, None)
+    hashed = _own_hash(manifest)
     weights = manifest.setdefault("weights", [WEIGHTS])
     if not isinstance(weights, list) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{MANIFEST} lacks a valid 'weights' entry: it is damaged or not of effjax")
     unsafe = [name for name in (*manifest["files"], *weights) if Path(name).name != name]
     if unsafe:
         raise CheckpointError(f"{MANIFEST} names a file outside of the directory: {unsafe[0]!r}")
+    if own not in (None, hashed):  # None: written before manifests had one
+        raise CheckpointError(f"{MANIFEST} was changed after it was written (its hash differs): restore it")
     return manifest
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """Of all entries of a manifest, in any order and layout."""
+    return _hash(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _entries(root: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEntry]:

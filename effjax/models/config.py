@@ -318,7 +318,7 @@ class DecoderConfig:
             )
         entries = _opt_entries(entries) if family.opt else entries
         act = entries.get("hidden_act", "silu")
-        if act not in _ACTIVATIONS:
+        if not isinstance(act, str) or act not in _ACTIVATIONS:
             raise ConfigError(
                 f"config.json: hidden_act {act!r} is not supported; this decoder has {list(_ACTIVATIONS)}"
             )

@@ -179,7 +179,11 @@ def read_config(directory: Path, *, quantized: bool = False, **changes: Any) -> 
     entries = read_json(directory / "config.json")
     if quantized:
         entries.pop("quantization_config", None)
-    config = DecoderConfig.from_hf(entries, **changes)
+    try:
+        config = DecoderConfig.from_hf(entries, **changes)
+    except ConfigError as error:
+        name = "" if str(error).startswith("config.json") else "config.json: "
+        raise ConfigError(f"{name}{error}") from None
     if (directory / "generation_config.json").exists():
         generation = read_json(directory / "generation_config.json")
         if generation.get("eos_token_id") is not None:

@@ -60,9 +60,12 @@ def test_contents(whole):
     assert str(whole.parent) not in (whole / "effjax.json").read_text()
 
 
-def edit_manifest(root, change):
+def edit_manifest(root, change, *, hashed=False):
+    """As one that an earlier version wrote, without a hash of its own; or with that of before the change."""
     manifest = json.loads((root / "effjax.json").read_text())
     change(manifest)
+    if not hashed:
+        del manifest["sha256"]
     (root / "effjax.json").write_text(json.dumps(manifest))
 
 
@@ -116,6 +119,10 @@ DAMAGE = {
         r"effjax\.json is no JSON \(.*\): it is damaged",
     ),
     "manifest no object": (lambda root: (root / "effjax.json").write_text("[]"), "must hold an object, not a list"),
+    "manifest edited": (
+        lambda root: edit_manifest(root, lambda m: m["leaves"].clear(), hashed=True),
+        r"effjax\.json was changed after it was written \(its hash differs\)",
+    ),
     "manifest entry": (manifest_edit(lambda m: m.pop("tensors")), "lacks a valid 'tensors' entry"),
     "newer format": (
         manifest_edit(lambda m: m.update(format=99)),
