@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from effjax.ops.dispatch import MACHINES
+from effjax.ops.dispatch import MACHINES, no_hopper
 from effjax.ops.neurons import CodedRows, Neurons, take_rows
 from effjax.ops.platform import platform_operation
 from kernels_cpu import choose_neurons as native_choice
 from kernels_cpu import sparse_mlp as native
-from kernels_pallas.sparse_mlp import tpu
+from kernels_pallas.sparse_mlp import gpu, tpu
 
-Implementation = Literal["reference", "dense", "cpu", "tpu"]
-IMPLEMENTATIONS = ("reference", "dense", "cpu", "tpu")
-PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": ""}  # of jax's lowering, to the name of their kernel
+Implementation = Literal["reference", "dense", "cpu", "tpu", "gpu"]
+IMPLEMENTATIONS = ("reference", "dense", "cpu", "tpu", "gpu")
+PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}  # of jax's lowering, to the name of their kernel
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
 _STATIC = ("treedef", "block")
 
@@ -41,8 +41,8 @@ def sparse_mlp(
         chosen: distinct neurons, or blocks of them where `block` is not 1; one outside `[0, neurons)` adds nothing.
         count: how many of `chosen` count, from the first; all where None. What comes behind is not read.
         block: consecutive neurons that are chosen together; it divides their number.
-        implementation: "reference" gathers the rows and multiplies; "dense" computes every neuron and masks; "cpu" and
-            "tpu" are kernels. None takes the fastest by `estimates` for the platform, see there.
+        implementation: "reference" gathers the rows and multiplies; "dense" computes every neuron and masks; "cpu",
+            "tpu" and "gpu" are kernels. None takes the fastest by `estimates` for the platform, see there.
 
     Returns:
         float32.
@@ -198,14 +198,16 @@ def _native(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Arra
     return [y, used.astype(bool)]
 
 
-def _pallas(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Array, treedef: Any, block: int) -> Any:
-    neurons: Neurons = treedef.unflatten(leaves)
-    # The kernel does not tell; a program that does not ask leaves the second computation out.
-    used = _reference(x, chosen, count, *leaves, treedef=treedef, block=block)[1]
-    return [tpu.sparse_mlp(x, neurons, chosen, count, block=block), used]
+def _pallas(kernel: Any) -> Any:
+    def run(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Array, treedef: Any, block: int) -> Any:
+        # The kernels do not tell; a program that does not ask leaves the second computation out.
+        used = _reference(x, chosen, count, *leaves, treedef=treedef, block=block)[1]
+        return [kernel.sparse_mlp(x, treedef.unflatten(leaves), chosen, count, block=block), used]
+
+    return run
 
 
-_RUN = {"reference": _reference, "dense": _dense, "cpu": _native, "tpu": _pallas}
+_RUN = {"reference": _reference, "dense": _dense, "cpu": _native, "tpu": _pallas(tpu), "gpu": _pallas(gpu)}
 
 
 def why_not(implementation: str, x: Any, neurons: Neurons, block: int = 1) -> str:
@@ -214,6 +216,8 @@ def why_not(implementation: str, x: Any, neurons: Neurons, block: int = 1) -> st
         return f"there is none of that name; choose one of {', '.join(IMPLEMENTATIONS)}"
     if implementation == "cpu":
         return native.why_not(neurons)
+    if implementation == "gpu":
+        return gpu.why_not(x.dtype, neurons)
     return tpu.why_not(x.dtype, neurons, block) if implementation == "tpu" else ""
 
 
@@ -243,8 +247,10 @@ def estimates(platform: str, x: Any, neurons: Neurons, k: int, *, block: int = 1
     spread = 2 * wide + (neurons.count * neurons.weights_per_neuron / 5e8 if platform == "cpu" else 0) if coded else 0.0
     found = {}
     name = PLATFORMS[platform]
-    if name and not why_not(name, x, neurons, block):  # first, so that it is taken where it is as fast
-        found[name] = share * max(stream, 1.25 * arithmetic if name == "cpu" else arithmetic)
+    # Of the kernels; on a GPU every row of x reads the neurons again, from a cache twice as fast as memory.
+    own = {"cpu": 1.25 * arithmetic, "tpu": arithmetic, "gpu": rows / 2 * stream}[name]
+    if not why_not(name, x, neurons, block) and not (name == "gpu" and no_hopper()):
+        found[name] = share * max(stream, own)  # first, so that it is taken where it is as fast
     return found | {
         "dense": spread + max(stream, arithmetic),
         "reference": share * (spread + max(stream + 2 * wide, arithmetic)),

@@ -22,10 +22,12 @@ from effjax.kv.coding import Coder
 from effjax.kv.integer import PerChannel, PerToken
 from effjax.ops import CodedSlots
 from effjax.ops.attention_blocks import Question
+from effjax.ops.neurons import Neurons, make_neurons
 from kernels_pallas.codebook_matmul.gpu import codebook_matmul
 from kernels_pallas.decode_attention.gpu import decode_attention
 from kernels_pallas.nm_matmul.gpu import nm_matmul
 from kernels_pallas.quant_matmul.gpu import quant_matmul
+from kernels_pallas.sparse_mlp.gpu import sparse_mlp
 
 S = jax.ShapeDtypeStruct
 # As the driver of an H100 SXM reports itself.
@@ -60,6 +62,16 @@ def quantized_struct(n, out, bits=4, group=128, zeros=None, scale_dtype=jnp.floa
         pad=packed_size(n, bits) * 8 // bits - n,
         dtype=jnp.dtype(dtype),
     )
+
+
+def neurons_struct(d, n, dtype=jnp.bfloat16, *, gated=True, biased=False) -> Neurons:
+    up, bias = S((d, n), dtype), S((n,), jnp.float32) if biased else None
+    activation = "silu" if gated else "relu"
+
+    def make(up, down, bias):
+        return make_neurons(up, down, gate=up if gated else None, up_bias=bias, activation=activation)
+
+    return jax.eval_shape(make, up, S((n, d), dtype), bias)
 
 
 def cases() -> Iterator[tuple[str, object, object, int, bool]]:
@@ -131,6 +143,14 @@ def attention_cases() -> Iterator[tuple[str, Question]]:
         )
 
 
+def mlp_cases() -> Iterator[tuple[str, Neurons, int, int]]:
+    """(name, neurons, rows, how many are chosen): a quarter, or a tenth, of decoders' neurons."""
+    yield "OPT-1.3B", neurons_struct(2048, 8192, gated=False, biased=True), 1, 819
+    yield "OPT-1.3B in float32", neurons_struct(2048, 8192, jnp.float32, gated=False, biased=True), 4, 2048
+    yield "Llama-3.1-8B", neurons_struct(4096, 14336), 1, 3584
+    yield "Llama-3.1-70B", neurons_struct(8192, 28672), 1, 7168
+
+
 def assembled(f, operands: tuple, device: jax.Device, folder: Path) -> dict[str, int]:
     for old in folder.iterdir():
         old.unlink()
@@ -170,3 +190,8 @@ if __name__ == "__main__":
     for name, question in attention_cases():
         found = assembled(decode_attention, (question,), h100, dumps)
         print(json.dumps({"attention": name, "stored": stored(question), **found}), flush=True)
+    for name, neurons, rows, chosen in mlp_cases():
+        x = S((rows, neurons.up.shape[1]), neurons.up.dtype)
+        operands = (x, neurons, S((chosen,), jnp.int32), S((), jnp.int32))
+        found = assembled(functools.partial(sparse_mlp, block=1), operands, h100, dumps)
+        print(json.dumps({"mlp": name, "stored": stored(operands), **found}), flush=True)

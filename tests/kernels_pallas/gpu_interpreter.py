@@ -26,7 +26,8 @@ from kernels_pallas.decode_attention import gpu as attention_gpu
 from kernels_pallas.gpu_tile import Tile
 from kernels_pallas.nm_matmul import gpu as nm_gpu
 from kernels_pallas.quant_matmul import gpu as quant_gpu
-from tests.kernels_pallas.oracles import codebook, dense, nm_sparse, quantized
+from kernels_pallas.sparse_mlp import gpu as mlp_gpu
+from tests.kernels_pallas.oracles import codebook, dense, mlp_neurons, nm_sparse, quantized, some_neurons
 from tests.ops.attention_oracle import largest_error, random_case
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
@@ -195,6 +196,35 @@ def attention() -> Iterator[tuple[str, float]]:
         yield name, largest_error(case, answer(a))
 
 
+def mlp_error(neurons, x, chosen, count, block=1, tile=None, interpreted=True) -> float:
+    """As `error`, for some neurons of an MLP."""
+    interpret = InterpretGPUParams() if interpreted else False
+
+    @jax.jit
+    def run(x, neurons, chosen, count):
+        return mlp_gpu.sparse_mlp(x, neurons, chosen, count, block=block, tile=tile, interpret=interpret)
+
+    actual = run(x, neurons, jnp.asarray(chosen, jnp.int32), jnp.int32(count))
+    expected = some_neurons(x, neurons, chosen, count, block)
+    assert actual.dtype == jnp.float32 and actual.shape == expected.shape
+    return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
+
+
+def mlp() -> Iterator[tuple[str, float]]:
+    """All activations, more shares than work and the other way round, numbers of no neuron, blocks, none at all."""
+    for name, (dtype, gated, activation, biased), rows, block, tile, chosen, count in (
+        ("relu", ("bfloat16", False, "relu", True), 1, 1, None, [95, 3, 8, 50, 7], 5),
+        ("silu", ("bfloat16", True, "silu", False), 2, 8, (2, 3), [-1, 5, 99, 1, 0], 4),
+        ("gelu", ("float32", True, "gelu", True), 3, 1, (1, 2), [4, 9, 1, 96, 20], 4),
+        ("more shares than neurons", ("float32", False, "gelu", False), 1, 1, (5, 2), [4, 9, 1], 3),
+        ("none that counts", ("float32", False, "relu", True), 2, 1, (2, 2), [4, 9], 0),
+    ):
+        neurons = mlp_neurons(128, 96, 384, dtype, gated, activation=activation, shift=0.25, biased=biased)
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 128)), dtype)
+        cut = None if tile is None else mlp_gpu.Tile(shares=tile[0], neurons=tile[1])
+        yield name, mlp_error(neurons, x, chosen, count, block, cut)
+
+
 GROUPS = {
     "quant": quant,
     "transposed": transposed,
@@ -202,6 +232,7 @@ GROUPS = {
     "sparse": sparse,
     "tiles": tiles,
     "attention": attention,
+    "mlp": mlp,
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 
 from effjax.arrays import Codebook, Hashed, NMSparse, Quantized
+from effjax.ops.neurons import make_neurons
 
 MASK = 0xFFFFFFFF
 
@@ -60,6 +61,42 @@ def hashed(n, out, *, slots, block=1, seed=0):
         out_features=out,
         block=block,
     )
+
+
+def mlp_neurons(d, n, out, dtype, gated, *, activation=None, shift=0.0, biased=True, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), dtype)
+
+    return make_neurons(
+        draw(d, n),
+        draw(n, out),
+        gate=draw(d, n) if gated else None,
+        up_bias=jnp.asarray(rng.normal(size=n), jnp.float32) if biased else None,
+        down_bias=jnp.asarray(rng.normal(size=out), jnp.float32) if biased else None,
+        activation=activation or ("silu" if gated else "relu"),
+        shift=shift,
+    )
+
+
+def some_neurons(x, neurons, chosen, count, block=1):
+    """The output of some blocks of neurons, one neuron after the other, in float64."""
+    act = {
+        "relu": lambda z: np.maximum(z, 0),
+        "silu": lambda z: z / (1 + np.exp(-z)),
+        "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    }[neurons.activation]
+    x, y = wide(x), np.zeros((len(x), neurons.down.shape[1]))
+    for number in list(chosen)[:count]:
+        for j in range(number * block, (number + 1) * block):
+            if not 0 <= j < neurons.count:
+                continue
+            z = x @ wide(neurons.up[j]) + (0 if neurons.up_bias is None else float(neurons.up_bias[j]))
+            gate = z if neurons.gate is None else x @ wide(neurons.gate[j])
+            h = act(gate - neurons.shift) * (1 if neurons.gate is None else z)
+            y += h[:, None] * wide(neurons.down[j])
+    return y if neurons.down_bias is None else y + wide(neurons.down_bias)
 
 
 def wide(x):

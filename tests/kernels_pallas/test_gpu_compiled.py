@@ -65,3 +65,13 @@ def test_attention_reads_the_cache_as_it_is_stored(compiled):
         assert case["spilled"] == case["serialized"] == 0 and case["registers"] <= 255, case
         assert abs(case["arguments"] - case["stored"]) <= 8192, case
         assert case["temporary"] < case["stored"] / (40 if name == "dense, no sums" else 6), case
+
+
+def test_neurons_are_read_as_they_are_stored(compiled):
+    """Nothing is spilled; arguments are the weights, and what is temporary are the shares' sums."""
+    found = [line for line in compiled if "mlp" in line]
+    assert len(found) == 4
+    for case in found:
+        assert case["spilled"] == 0 and case["registers"] <= 255, case
+        assert abs(case["arguments"] - case["stored"]) <= 8192, case
+        assert case["temporary"] < case["stored"] / 20, case

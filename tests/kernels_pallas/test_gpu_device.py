@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kernels_pallas.codebook_matmul.gpu as codebook_gpu
@@ -11,8 +12,9 @@ from effjax.ops.attention import make_question as question
 from kernels_pallas.decode_attention.gpu import Tile as Shares
 from kernels_pallas.decode_attention.gpu import decode_attention
 from kernels_pallas.gpu_tile import Tile
-from tests.kernels_pallas.gpu_interpreter import error
-from tests.kernels_pallas.oracles import codebook, nm_sparse, quantized
+from kernels_pallas.sparse_mlp.gpu import Tile as Neighbours
+from tests.kernels_pallas.gpu_interpreter import error, mlp_error
+from tests.kernels_pallas.oracles import codebook, mlp_neurons, nm_sparse, quantized
 from tests.ops.attention_oracle import assert_answers, random_case
 
 pytestmark = pytest.mark.gpu
@@ -122,3 +124,25 @@ def test_attention_is_the_same_however_slots_are_shared(splits, stages):
     a = question("test", case.q, case.k, case.v, case.length, case.start, case.asked, None, None)
     tile = Shares(splits=splits, stages=stages)
     assert_answers(case, jax.jit(lambda a: decode_attention(a, tile=tile))(a), 8e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("gated", "activation"), [(False, "relu"), (True, "silu"), (True, "gelu")])
+def test_some_neurons(dtype, gated, activation):
+    """Also widths that allow a thread fewer bytes at a time, and numbers of neurons that are not there."""
+    rng = np.random.default_rng(0)
+    for d, n, out, block, rows in ((2048, 512, 1024, 1, 1), (384, 1000, 640, 8, 4), (128, 96, 5120, 1, 2)):
+        neurons = mlp_neurons(d, n, out, dtype, gated, activation=activation, shift=0.25)
+        x = jnp.asarray(rng.standard_normal((rows, d)), dtype)
+        chosen = rng.permutation(np.arange(-2, n // block + 2))[: n // block // 2]
+        for count in (len(chosen), len(chosen) - 3, 0):
+            assert mlp_error(neurons, x, chosen, count, block, interpreted=False) < 5e-6
+
+
+@pytest.mark.parametrize("shares", [1, 7, 300])
+@pytest.mark.parametrize("together", [1, 4, 8])
+def test_neurons_are_the_same_however_they_are_shared(shares, together):
+    neurons = mlp_neurons(1024, 256, 1024, "bfloat16", True)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1024)), jnp.bfloat16)
+    tile = Neighbours(shares=shares, neurons=together)
+    assert mlp_error(neurons, x, np.arange(0, 256, 3), 80, tile=tile, interpreted=False) < 5e-6

@@ -167,8 +167,8 @@ def test_bad_input_is_named():
         sparse_mlp(jnp.ones(8), neurons, jnp.array([1]))
     with pytest.raises(ValueError, match="block=5 do not fit"):
         sparse_mlp(jnp.ones(9), neurons, jnp.array([1]), block=5)
-    with pytest.raises(ValueError, match="implementation='gpu' does not take this: there is none of that name"):
-        sparse_mlp(jnp.ones(9), neurons, jnp.array([1]), implementation="gpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="implementation='rocm' does not take this: there is none of that name"):
+        sparse_mlp(jnp.ones(9), neurons, jnp.array([1]), implementation="rocm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block=1: the TPU's kernel brings blocks of a multiple of 8"):
         sparse_mlp(jnp.ones(9), neurons, jnp.array([1]), implementation="tpu")
     with pytest.raises(LeafError, match=r"up \[3, 8\], down \[7, 2\] do not fit"):
