@@ -1,6 +1,7 @@
 """The Hopper kernels on the GPU that there is: bytes, time, bandwidth, and the ratio to a dense bf16 product.
 
 python -m benchmarks.kernels.gpu            all kernels at a decoder's shapes
+python -m benchmarks.kernels.gpu --neurons  some neurons of a decoder's MLP, beside all of them
 python -m benchmarks.kernels.gpu --sweep    every sensible tile of the 4-bit product, the best first
 
 Times are of the device. Each is of a program of many products one after the other, of different matrices that
@@ -25,11 +26,13 @@ from rich.table import Table
 from benchmarks.bars import Bar, conclude
 from effjax.arrays import Codebook, NMSparse, Quantized
 from effjax.arrays.packing import packed_size
+from effjax.ops.neurons import Neurons, make_neurons
 from kernels_pallas.codebook_matmul.gpu import codebook_matmul
 from kernels_pallas.gpu_tile import Tile
 from kernels_pallas.nm_matmul.gpu import nm_matmul
 from kernels_pallas.quant_matmul.gpu import quant_matmul
-from kernels_pallas.shapes import DECODE_ROWS, PREFILL_ROWS, unique_shapes
+from kernels_pallas.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, unique_shapes
+from kernels_pallas.sparse_mlp.gpu import sparse_mlp
 
 CACHE_BYTES = 50 * 2**20  # second-level cache of an H100
 PRODUCTS = 24  # of a program, so that its launch is little among them
@@ -172,6 +175,45 @@ def compare(copy: float) -> tuple[dict[str, Bar], dict[str, float]]:
     return bars, extra
 
 
+def mlp(n: int, out: int, key: jax.Array) -> Neurons:
+    up, gate, down = (jax.random.normal(k, (n, out), jnp.bfloat16) for k in jax.random.split(key, 3))
+    return make_neurons(up, down.T, gate=gate, activation="silu")
+
+
+def whole(x: jax.Array, neurons: Neurons) -> jax.Array:
+    """The dense MLP in bf16, as a model would have it."""
+    return (jax.nn.silu(x @ neurons.gate.T) * (x @ neurons.up.T)) @ neurons.down
+
+
+def compare_neurons(copy: float) -> tuple[dict[str, Bar], dict[str, float]]:
+    """Single rows of neurons against the dense MLP: at a tenth, a quarter and half of them, far apart."""
+    width, total = MODELS[MODEL].hidden, MODELS[MODEL].intermediate
+    weights = several(mlp, width, total)
+    table = Table(title=f"{MODEL}: a copy moves {copy / 1e9:.0f} GB/s")
+    for column in ("share", "rows", "us", "+-", "GB/s", "of copy", "dense us", "ratio"):
+        table.add_column(column, justify="right")
+    bars, extra = {}, {"copy GB/s": copy / 1e9}
+    for rows in (1, 2, 4):
+        x = jax.random.normal(jax.random.key(1), (rows, width), jnp.bfloat16)
+        base = measure(whole, x, weights)
+        for share in (0.1, 0.25, 0.5):
+            k = round(share * total)
+            chosen = [jax.random.permutation(jax.random.key(i), total)[:k] for i in range(len(weights))]
+
+            def some(x: jax.Array, w: Any, k: int = k) -> jax.Array:
+                return sparse_mlp(x, w[0], w[1], jnp.int32(k), block=1)
+
+            timing = measure(some, x, list(zip(weights, chosen, strict=True)))
+            rate, ratio = k * weights[0].bytes_per_neuron / timing.seconds, base.seconds / timing.seconds
+            cells = (timing.seconds * 1e6, timing.spread * 1e6, rate / 1e9, rate / copy, base.seconds * 1e6, ratio)
+            table.add_row(f"{share:.0%}", str(rows), *(f"{cell:.3g}" for cell in cells))
+            extra[f"{share:.0%}, {rows} rows, ratio"] = ratio
+            if rows == 1 and share == 0.25:
+                bars["a quarter of the neurons: ratio to dense"] = Bar(ratio, low=2)
+    Console(width=120).print(table)
+    return bars, extra
+
+
 def sweep(copy: float) -> tuple[dict[str, Bar], dict[str, float]]:
     """Tiles of the 4-bit product by time: what a tuned table is made from."""
     extra = {"copy GB/s": copy / 1e9}
@@ -202,6 +244,7 @@ def sweep(copy: float) -> tuple[dict[str, Bar], dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.gpu", description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="time the tiles of the 4-bit product")
+    parser.add_argument("--neurons", action="store_true", help="time some neurons of an MLP")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
@@ -209,7 +252,8 @@ def main() -> int:
         print(f"these kernels are for GPUs of compute capability 9.0; here is {device.device_kind}, {capability}")
         return 2
     copy = copy_bandwidth()
-    bars, extra = sweep(copy) if arguments.sweep else compare(copy)
+    mode = sweep if arguments.sweep else compare_neurons if arguments.neurons else compare
+    bars, extra = mode(copy)
     return conclude("kernels_gpu", bars, extra)
 
 
