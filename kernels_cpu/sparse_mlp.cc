@@ -54,8 +54,8 @@ ffi::Error SparseMlp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
                      ffi::Buffer<ffi::S32> count, ffi::AnyBuffer up, ffi::Buffer<ffi::F32> up_scales,
                      ffi::Buffer<ffi::F32> up_zeros, ffi::AnyBuffer gate, ffi::Buffer<ffi::F32> gate_scales,
                      ffi::Buffer<ffi::F32> gate_zeros, ffi::AnyBuffer down, ffi::Buffer<ffi::F32> down_scales,
-                     ffi::Buffer<ffi::F32> down_zeros, ffi::Buffer<ffi::F32> up_bias, ffi::Buffer<ffi::F32> down_bias,
-                     int64_t type, int64_t activation, float shift, int64_t gated, int64_t by_neuron, int64_t variant,
+                     ffi::Buffer<ffi::F32> down_zeros, ffi::Buffer<ffi::F32> up_bias, ffi::Buffer<ffi::F32> gate_bias,
+                     ffi::Buffer<ffi::F32> down_bias, int64_t type, int64_t activation, float shift, int64_t gated, int64_t by_neuron, int64_t variant,
                      ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> used) {
   if (x.dimensions().size() != 2 || up.dimensions().size() != 2 || y->dimensions().size() != 2 ||
       chosen.dimensions().size() != 1 || count.element_count() != 1) {
@@ -87,9 +87,14 @@ ffi::Error SparseMlp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   if (!Fill(down, down_scales, down_zeros, p.neurons, p.out, p.type, by_neuron != 0, &p.down)) {
     return Bad("down does not fit the result");
   }
-  const int64_t biases = static_cast<int64_t>(up_bias.element_count()), ends = static_cast<int64_t>(down_bias.element_count());
-  if ((biases != 0 && biases != p.neurons) || (ends != 0 && ends != p.out)) return Bad("a bias does not fit");
-  p.up_bias = biases == 0 ? nullptr : up_bias.typed_data();
+  const auto fits = [](ffi::Buffer<ffi::F32>& bias, int64_t size, const float** to) {
+    *to = bias.element_count() == 0 ? nullptr : bias.typed_data();
+    return *to == nullptr || static_cast<int64_t>(bias.element_count()) == size;
+  };
+  const float* last;
+  if (!fits(up_bias, p.neurons, &p.up_bias) || !fits(gate_bias, p.neurons, &p.gate_bias) || !fits(down_bias, p.out, &last)) {
+    return Bad("a bias does not fit");
+  }
   const SparseMlpKernel* kernel = ChooseKernel(variant, kSparseMlpPortable, kSparseMlpAvx2, kSparseMlpAvx512);
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
@@ -109,10 +114,10 @@ ffi::Error SparseMlp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   for (int64_t b = 0; b < p.batch; ++b) {
     float* to = y->typed_data() + b * p.out;
     const float* from = sums.data() + b * p.padded_out;
-    if (ends == 0) {
+    if (last == nullptr) {
       std::copy(from, from + p.out, to);
     } else {
-      for (int64_t o = 0; o < p.out; ++o) to[o] = down_bias.typed_data()[o] + from[o];
+      for (int64_t o = 0; o < p.out; ++o) to[o] = last[o] + from[o];
     }
     for (int64_t part = 1; part < parts; ++part) {
       for (int64_t o = 0; o < p.out; ++o) to[o] += from[part * size + o];
@@ -139,6 +144,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EffjaxSparseMlp, effjax::SparseMlp,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -50,7 +50,7 @@ def sparse_mlp(
     def parts(rows: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return (rows.codes, rows.scales, rows.zeros) if hasattr(rows, "codes") else (rows, empty, empty)
 
-    biases = [jnp.zeros(0, jnp.float32) if b is None else b for b in (neurons.up_bias, neurons.down_bias)]
+    biases = [neurons.up_bias, neurons.gate_bias, neurons.down_bias]
     gate = (empty, empty, empty) if neurons.gate is None else parts(neurons.gate)
     results = [
         jax.ShapeDtypeStruct((x.shape[0], neurons.down.shape[1]), jnp.float32),
@@ -64,7 +64,7 @@ def sparse_mlp(
         *parts(neurons.up),
         *gate,
         *parts(neurons.down),
-        *biases,
+        *(jnp.zeros(0, jnp.float32) if b is None else b for b in biases),
         type=np.int64(TYPES[_kind(neurons.up)]),
         activation=np.int64(ACTIVATIONS[neurons.activation]),
         shift=np.float32(neurons.shift),

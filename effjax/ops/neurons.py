@@ -67,13 +67,13 @@ def take_rows(rows: Any, neurons: jax.Array) -> jax.Array:
 class Neurons:
     """`y = down.T @ h + down_bias`, where `h = act(up @ x + up_bias - shift)`.
 
-    With a gate `h = act(gate @ x - shift) * (up @ x + up_bias)`.
+    With a gate `h = act(gate @ x + gate_bias - shift) * (up @ x + up_bias)`.
 
     Attributes:
         up: `[neurons, in]`: float32, bfloat16 or codes; the transposed kernel.
         down: `[neurons, out]`, of the same kind.
         gate: as `up`, or None.
-        up_bias: `float32[neurons]`, or None.
+        up_bias, gate_bias: `float32[neurons]`, or None.
         down_bias: `float32[out]`, or None.
         activation: "relu", "silu", or "gelu" (with tanh, as `jax.nn.gelu`).
         shift: of the activation; a ReLU lets through what exceeds it.
@@ -83,6 +83,7 @@ class Neurons:
     down: Rows
     gate: Rows | None = None
     up_bias: Float[Array, " neurons"] | None = None
+    gate_bias: Float[Array, " neurons"] | None = None
     down_bias: Float[Array, " out"] | None = None
     activation: Activation = dataclasses.field(default="relu", metadata={"static": True})
     shift: float = dataclasses.field(default=0.0, metadata={"static": True})
@@ -94,7 +95,7 @@ class Neurons:
     @property
     def bytes_per_neuron(self) -> float:
         """What is read of a chosen neuron."""
-        fields = jax.tree.leaves((self.up, self.gate, self.down, self.up_bias))
+        fields = jax.tree.leaves((self.up, self.gate, self.down, self.up_bias, self.gate_bias))
         return sum(a.size * a.dtype.itemsize for a in fields) / self.count
 
     @property
@@ -108,6 +109,7 @@ def make_neurons(
     *,
     gate: Any = None,
     up_bias: Float[Array, " neurons"] | None = None,
+    gate_bias: Float[Array, " neurons"] | None = None,
     down_bias: Float[Array, " out"] | None = None,
     activation: Activation = "relu",
     shift: float = 0.0,
@@ -117,11 +119,12 @@ def make_neurons(
     Args:
         up, gate: kernels `[in, neurons]`, dense or `Quantized` with 4 or 8 bits.
         down: `[neurons, out]`.
-        up_bias, down_bias, activation, shift: of `Neurons`.
+        up_bias, gate_bias, down_bias, activation, shift: of `Neurons`.
 
     Raises:
         LeafError: a stack of layers (map over it), kernels that do not fit together or are of different kinds, a type
-            of leaf that has no rows, or widths and groups that are no multiples of 32 where there are codes.
+            of leaf that has no rows, widths and groups that are no multiples of 32 where there are codes, or a bias of
+            a gate that is not there.
 
     Example:
         >>> make_neurons(jnp.ones((3, 8)), jnp.ones((8, 2))).up.shape
@@ -135,14 +138,20 @@ def make_neurons(
     if down.shape[0] != n or (gate is not None and gate.shape != up.shape):
         shapes = ", ".join(f"{name} {list(kernel.shape)}" for name, kernel in kernels.items())
         raise LeafError(f"make_neurons: {shapes} do not fit: up and gate are [in, neurons], down is [neurons, out]")
+    if gate is None and gate_bias is not None:
+        raise LeafError("make_neurons: gate_bias without a gate: an MLP of up and down alone has an up_bias")
     rows = {name: _rows(name, kernel, transpose=name != "down") for name, kernel in kernels.items()}
     kinds = {(r.bits if isinstance(r, CodedRows) else jnp.dtype(r.dtype).name) for r in rows.values()}
     if len(kinds) > 1:
         raise LeafError(
             f"make_neurons: kernels of different kinds ({', '.join(sorted(map(str, kinds)))}): make them alike"
         )
-    biases = [None if b is None else jnp.asarray(b, jnp.float32) for b in (up_bias, down_bias)]
-    return Neurons(**rows, up_bias=biases[0], down_bias=biases[1], activation=activation, shift=shift)
+    up_bias, gate_bias, down_bias = (
+        None if b is None else jnp.asarray(b, jnp.float32) for b in (up_bias, gate_bias, down_bias)
+    )
+    return Neurons(
+        **rows, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias, activation=activation, shift=shift
+    )
 
 
 def _rows(name: str, kernel: Any, *, transpose: bool) -> Any:

@@ -125,17 +125,17 @@ def each_neuron(chosen: jax.Array, count: jax.Array, neurons: int, block: int) -
     return jnp.clip(each, 0, neurons - 1), jnp.repeat(counts, block)
 
 
-def _activations(x: jax.Array, neurons: Neurons, rows: jax.Array) -> jax.Array:
-    """Of some neurons, float32 `[batch, k]`."""
-    z = _products(take_rows(neurons.up, rows), x)
-    if neurons.up_bias is not None:
-        z = z + neurons.up_bias[rows]
-    return _activated(z, None if neurons.gate is None else _products(take_rows(neurons.gate, rows), x), neurons)
+def _activations(x: jax.Array, neurons: Neurons, rows: jax.Array | None = None) -> jax.Array:
+    """Of some neurons, float32 `[*batch, k]`; of all where None."""
 
+    def product(matrix: Any, bias: jax.Array | None) -> jax.Array:
+        z = _products(_whole(matrix) if rows is None else take_rows(matrix, rows), x)
+        return z if bias is None else z + (bias if rows is None else bias[rows])
 
-def _activated(z: jax.Array, gate: jax.Array | None, neurons: Neurons) -> jax.Array:
-    act = ACTIVATIONS[neurons.activation]
-    return act(z - neurons.shift) if gate is None else act(gate - neurons.shift) * z
+    act, z = ACTIVATIONS[neurons.activation], product(neurons.up, neurons.up_bias)
+    if neurons.gate is None:
+        return act(z - neurons.shift)
+    return act(product(neurons.gate, neurons.gate_bias) - neurons.shift) * z
 
 
 def _products(rows: jax.Array, x: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def _dense(x: jax.Array, chosen: jax.Array, count: jax.Array, *leaves: jax.Array
     neurons: Neurons = treedef.unflatten(leaves)
     rows, counts = each_neuron(chosen, count, neurons.count, block)
     mask = jnp.zeros(neurons.count).at[rows].add(counts.astype(jnp.float32))
-    h = _all_activations(x, neurons) * mask
+    h = _activations(x, neurons) * mask
     return [_finish(h, _whole(neurons.down), neurons), (h != 0).any(0)]
 
 
@@ -175,15 +175,8 @@ def mlp(
         >>> mlp(jnp.array([5.0, -6.0]), make_neurons(jnp.eye(2), jnp.eye(2))).tolist()
         [5.0, 0.0]
     """
-    h = _all_activations(x, neurons)
+    h = _activations(x, neurons)
     return _finish(h if mask is None else h * mask, _whole(neurons.down), neurons)
-
-
-def _all_activations(x: jax.Array, neurons: Neurons) -> jax.Array:
-    z = _products(_whole(neurons.up), x)
-    if neurons.up_bias is not None:
-        z = z + neurons.up_bias
-    return _activated(z, None if neurons.gate is None else _products(_whole(neurons.gate), x), neurons)
 
 
 def _whole(rows: Any) -> jax.Array:

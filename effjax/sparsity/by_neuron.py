@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from effjax.errors import ConfigError
 from effjax.models.config import DecoderConfig
 from effjax.models.decoder import unstack_layers
 from effjax.models.intercept import intercepted, layer_of
@@ -31,7 +30,6 @@ def by_neuron(config: DecoderConfig, params: PyTree) -> PyTree:
         The same tree with `effjax.ops.neurons.Neurons` in place of the kernels of every feed-forward layer.
 
     Raises:
-        ConfigError: a gate with biases, for which the layout has no place.
         LeafError: kernels that have no rows, see `make_neurons`.
 
     Example:
@@ -40,15 +38,11 @@ def by_neuron(config: DecoderConfig, params: PyTree) -> PyTree:
         >>> by_neuron(model.config, model.params)["layers_0"]["mlp"].count
         640
     """
-    if config.mlp_bias and not config.is_opt:
-        raise ConfigError(
-            "by_neuron: this model's gates have biases (mlp_bias), which the layout has no place for; use its own apply"
-        )
     flat = dict(unstack_layers(params) if "layers" in params else params)
     for i in range(config.num_hidden_layers):
         layer = flat[f"layers_{i}"]
         kernels = {name: entry["kernel"] for name, entry in layer["mlp"].items()}
-        biases = {f"{name}_bias": layer["mlp"][f"{name}_proj"].get("bias") for name in ("up", "down")}
+        biases = {f"{name.removesuffix('_proj')}_bias": entry.get("bias") for name, entry in layer["mlp"].items()}
         neurons = make_neurons(
             kernels["up_proj"],
             kernels["down_proj"],

@@ -111,7 +111,8 @@ def sparse_mlp(
     if places == 0 or rows == 0:
         return jnp.broadcast_to(last, (rows, out))
     tile = tile or choose_tile(rows, neurons, places)
-    biased, gated = neurons.up_bias is not None, neurons.gate is not None
+    gated = neurons.gate is not None
+    biases = [neurons.up_bias, *([neurons.gate_bias] if gated else [])]
     act, shift = ACTIVATIONS[neurons.activation], neurons.shift
 
     def strided(width: int) -> Any:
@@ -121,7 +122,8 @@ def sparse_mlp(
         return plgpu.Layout.WG_STRIDED((width,), vector)
 
     def kernel(count_gmem: Any, chosen_gmem: Any, x_gmem: Any, *refs: Any) -> None:
-        bias_gmem, refs = (refs[0], refs[1:]) if biased else (None, refs)
+        given, refs = iter(refs), refs[sum(bias is not None for bias in biases) :]
+        bias_gmem = [None if bias is None else next(given) for bias in biases]
         *matrices, out_gmem = refs
         share, row = lax.axis_index("shares"), lax.axis_index("rows")
         used = jnp.minimum(count_gmem[0], len(chosen)) * block
@@ -146,11 +148,11 @@ def sparse_mlp(
             # All loads stand before the first sum, where warps wait for each other.
             widths = [inputs] * (len(matrices) - 1) + [out]
             *found, down = [[read(m, place, w) for place in places] for m, w in zip(matrices, widths, strict=True)]
-            biases = [0.0 if bias_gmem is None else bias_gmem[place] for place in places]
+            added = [[0.0 if ref is None else ref[place] for place in places] for ref in bias_gmem]
             products = [[jnp.sum(wide(each) * question) for each in matrix] for matrix in found]
             for j in range(tile.neurons):
-                z = products[0][j] + biases[j]
-                h = act(products[1][j] - shift) * z if gated else act(z - shift)
+                z, *gate = [product[j] + bias[j] for product, bias in zip(products, added, strict=True)]
+                h = act(gate[0] - shift) * z if gated else act(z - shift)
                 sums = sums + jnp.where(live[j], h, 0.0) * wide(down[j])
             return sums
 
@@ -166,5 +168,5 @@ def sparse_mlp(
         grid=(tile.shares, rows),
         grid_names=("shares", "rows"),
         interpret=interpret or None,
-    )(count.reshape(1), chosen, x, *([neurons.up_bias] if biased else []), *operands)
+    )(count.reshape(1), chosen, x, *(bias for bias in biases if bias is not None), *operands)
     return shares.sum(0) + last

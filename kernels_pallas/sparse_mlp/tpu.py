@@ -86,8 +86,9 @@ def sparse_mlp(
     valid = (jnp.arange(steps) < count) & (chosen >= 0) & (chosen < blocks)
     chosen = jnp.clip(chosen[jnp.argsort(~valid, stable=True)], 0, blocks - 1).astype(jnp.int32)
     count = valid.sum(dtype=jnp.int32).reshape(1)
-    biases = jnp.zeros(total) if neurons.up_bias is None else neurons.up_bias
     gated = neurons.gate is not None
+    given = [neurons.up_bias, *([neurons.gate_bias] if gated else [])]
+    biases = jnp.stack([jnp.zeros(total) if b is None else b for b in given])  # of up and gate, for one copy a block
     act, shift = ACTIVATIONS[neurons.activation], neurons.shift
 
     def at(i: Any, chosen_ref: Any, count_ref: Any) -> Any:
@@ -103,8 +104,8 @@ def sparse_mlp(
 
         @pl.when(i < count_ref[0])
         def _() -> None:
-            z = dot(x_ref[...], matrices[0][...], 1) + bias_ref[0]
-            h = act(dot(x_ref[...], matrices[1][...], 1) - shift) * z if gated else act(z - shift)
+            z = dot(x_ref[...], matrices[0][...], 1) + bias_ref[0, :1]
+            h = act(dot(x_ref[...], matrices[1][...], 1) + bias_ref[0, 1:] - shift) * z if gated else act(z - shift)
             y_ref[...] += dot(h.astype(dtype), matrices[-1][...], 0)
 
     def matrix(width: int) -> pl.BlockSpec:
@@ -120,7 +121,7 @@ def sparse_mlp(
             in_specs=[
                 pl.BlockSpec(x.shape, lambda i, *_: (0, 0)),
                 pl.BlockSpec((1, out), lambda i, *_: (0, 0)),
-                pl.BlockSpec((1, 1, block), lambda i, *refs: (at(i, *refs), 0, 0)),
+                pl.BlockSpec((1, len(given), block), lambda i, *refs: (at(i, *refs), 0, 0)),
                 *(matrix(m.shape[1]) for m in operands),
             ],
             out_specs=pl.BlockSpec((x.shape[0], out), lambda i, *_: (0, 0)),
@@ -136,5 +137,5 @@ def sparse_mlp(
         ),
         interpret=simulator(interpret),
         name="sparse_mlp",
-    )(chosen, count, x, last.reshape(1, out), biases.reshape(blocks, 1, block), *operands)
+    )(chosen, count, x, last.reshape(1, out), biases.reshape(-1, blocks, block).swapaxes(0, 1), *operands)
     return y[:rows]

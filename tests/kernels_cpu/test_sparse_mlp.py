@@ -58,12 +58,12 @@ def test_matches_numpy(shape, kind):
         up, up_dense = rows(rng, neurons, n, kind, True)
         gate, gate_dense = rows(rng, neurons, n, kind, True)
         down, down_dense = rows(rng, neurons, out, kind, down_by_neuron)
-        bias, last = rng.normal(size=neurons).astype(np.float32), rng.normal(size=out).astype(np.float32)
+        bias, gate_bias, last = (rng.normal(size=size).astype(np.float32) for size in (neurons, neurons, out))
         x = rng.normal(size=(batch, n)).astype(np.float32) / n
         chosen = rng.permutation(neurons)[:k].astype(np.int32)
         shift = 0.01 * gated
         z = x.astype(np.float64) @ up_dense.T + bias
-        h = np.maximum(x @ gate_dense.T - shift, 0) * z if gated else np.maximum(z, 0)
+        h = np.maximum(x @ gate_dense.T + gate_bias - shift, 0) * z if gated else np.maximum(z, 0)
         want = h[:, chosen] @ down_dense[chosen].astype(np.float64) + last
         scale = np.abs(h[:, chosen]) @ np.abs(down_dense[chosen]) + 1
         weights = Neurons(
@@ -71,6 +71,7 @@ def test_matches_numpy(shape, kind):
             down=down,
             gate=gate if gated else None,
             up_bias=jnp.asarray(bias),
+            gate_bias=jnp.asarray(gate_bias) if gated else None,
             down_bias=jnp.asarray(last),
             shift=shift,
         )
@@ -117,9 +118,10 @@ def test_the_handlers_themselves_refuse_wrong_shapes():
         dict.fromkeys(("type", "activation", "gated", "by_neuron", "variant"), np.int64(0)) | {"shift": np.float32(0)},
     )
     x, chosen, count = jnp.ones((1, 3)), jnp.zeros(2, jnp.int32), jnp.int32(2)
-    right = [x, chosen, count, jnp.ones((4, 3)), *[empty] * 5, jnp.ones((4, 5)), empty, empty, jnp.ones(4), jnp.ones(5)]
+    right = [x, chosen, count, jnp.ones((4, 3)), *[empty] * 5, jnp.ones((4, 5)), empty, empty]
+    right += [jnp.ones(4), jnp.ones(4), jnp.ones(5)]
     assert call(*right, **static)[0].shape == (1, 5)
-    for i in (0, 3, 9, 12, 13):
+    for i in (0, 3, 9, 12, 13, 14):
         wrong = right[:i] + [right[i][..., :-1]] + right[i + 1 :]
         with pytest.raises(jax.errors.JaxRuntimeError, match="sparse_mlp"):
             jax.block_until_ready(call(*wrong, **static))

@@ -74,6 +74,7 @@ def mlp_neurons(d, n, out, dtype, gated, *, activation=None, shift=0.0, biased=T
         draw(n, out),
         gate=draw(d, n) if gated else None,
         up_bias=jnp.asarray(rng.normal(size=n), jnp.float32) if biased else None,
+        gate_bias=jnp.asarray(rng.normal(size=n), jnp.float32) if biased and gated else None,
         down_bias=jnp.asarray(rng.normal(size=out), jnp.float32) if biased else None,
         activation=activation or ("silu" if gated else "relu"),
         shift=shift,
@@ -93,7 +94,9 @@ def some_neurons(x, neurons, chosen, count, block=1):
             if not 0 <= j < neurons.count:
                 continue
             z = x @ wide(neurons.up[j]) + (0 if neurons.up_bias is None else float(neurons.up_bias[j]))
-            gate = z if neurons.gate is None else x @ wide(neurons.gate[j])
+            gate = z
+            if neurons.gate is not None:
+                gate = x @ wide(neurons.gate[j]) + (0 if neurons.gate_bias is None else float(neurons.gate_bias[j]))
             h = act(gate - neurons.shift) * (1 if neurons.gate is None else z)
             y += h[:, None] * wide(neurons.down[j])
     return y if neurons.down_bias is None else y + wide(neurons.down_bias)

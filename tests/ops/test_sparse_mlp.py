@@ -28,6 +28,7 @@ def kernels(d=9, neurons=24, out=7, seed=0):
         "gate": (d, neurons),
         "down": (neurons, out),
         "up_bias": (neurons,),
+        "gate_bias": (neurons,),
         "down_bias": (out,),
     }
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -42,7 +43,8 @@ def oracle(x, k, chosen, activation, gated, biased, shift=0.0):
             if not 0 <= j < k["up"].shape[1]:
                 continue
             z = row @ k["up"][:, j] + (k["up_bias"][j] if biased else 0)
-            h = ACT[activation](row @ k["gate"][:, j] - shift) * z if gated else ACT[activation](z - shift)
+            gate = row @ k["gate"][:, j] + (k["gate_bias"][j] if biased else 0)
+            h = ACT[activation](gate - shift) * z if gated else ACT[activation](z - shift)
             y[b] += h * k["down"][j]
             used |= {j} if h else set()
         y[b] += k["down_bias"] if biased else 0
@@ -55,6 +57,7 @@ def made(k, activation, gated, biased, shift=0.0):
         jnp.asarray(k["down"]),
         gate=jnp.asarray(k["gate"]) if gated else None,
         up_bias=jnp.asarray(k["up_bias"]) if biased else None,
+        gate_bias=jnp.asarray(k["gate_bias"]) if biased and gated else None,
         down_bias=jnp.asarray(k["down_bias"]) if biased else None,
         activation=activation,
         shift=shift,
@@ -69,6 +72,7 @@ def made(k, activation, gated, biased, shift=0.0):
         ("silu", True, False, 3, 0.0),
         ("gelu", False, False, 6, 0.5),
         ("relu", True, True, 2, 0.5),
+        ("silu", True, True, 1, 0.0),
         ("relu", False, False, 1, 1.0),
     ],
 )

@@ -64,15 +64,16 @@ void RunSparseMlp(const char* name, const effjax::SparseMlpKernel* kernel) {
     };
     const Matrix up = make(p.in, true, &p.up), gate = make(p.in, true, &p.gate);
     const Matrix down = make(p.out, Draw(0, 1) != 0, &p.down);
-    Exact<float> x(p.batch * p.padded_in), sums(p.batch * p.padded_out), bias(p.neurons);
+    Exact<float> x(p.batch * p.padded_in), sums(p.batch * p.padded_out), bias(p.neurons), gate_bias(p.neurons);
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t k = 0; k < p.in; ++k) x[b * p.padded_in + k] = Normal();
     }
-    for (int64_t j = 0; j < p.neurons; ++j) bias[j] = Normal();
+    for (int64_t j = 0; j < p.neurons; ++j) bias[j] = Normal(), gate_bias[j] = Normal();
     Exact<int32_t> chosen(p.count);
     for (int64_t k = 0; k < p.count; ++k) chosen[k] = static_cast<int32_t>(Draw(-1, p.neurons));
     Exact<uint8_t> used(p.neurons);
     p.x = x.get(), p.chosen = chosen.get(), p.up_bias = Draw(0, 1) ? bias.get() : nullptr;
+    p.gate_bias = Draw(0, 1) ? gate_bias.get() : nullptr;
     p.used = used.get(), p.shift = Draw(0, 1) ? 0.25f : 0.0f;
     kernel->neurons(p, 0, p.count, sums.get());
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -80,7 +81,7 @@ void RunSparseMlp(const char* name, const effjax::SparseMlpKernel* kernel) {
       for (int64_t k = 0; k < p.count; ++k) {
         const int64_t j = chosen[k];
         if (j < 0 || j >= p.neurons) continue;
-        double z = p.up_bias ? bias[j] : 0, g = -p.shift, most = 1;
+        double z = p.up_bias ? bias[j] : 0, g = (p.gate_bias ? gate_bias[j] : 0) - p.shift, most = 1;
         for (int64_t n = 0; n < p.in; ++n) {
           z += x[b * p.padded_in + n] * up.dense[static_cast<size_t>(j * p.in + n)];
           g += x[b * p.padded_in + n] * gate.dense[static_cast<size_t>(j * p.in + n)];
