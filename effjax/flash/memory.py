@@ -72,7 +72,8 @@ def plan_memory(
     Raises:
         ConfigError: all that does not fit into the budget, or a decoder and a file that are not of one model.
     """
-    wanted = (config.num_hidden_layers, config.intermediate_size, config.hidden_size, not config.is_opt)
+    width = config.one_width("a file of bundles")
+    wanted = (config.num_hidden_layers, width, config.hidden_size, not config.is_opt)
     found = (file.layers, file.neurons, file.layout.width, file.layout.gated)
     if wanted != found or len(predictors) != file.layers:
         raise ConfigError(

@@ -49,7 +49,7 @@ def feed_forwards(config: DecoderConfig, params: PyTree) -> list[FeedForward]:
         switch = "gate" if "gate" in kernels else "up"
         if config.relu_shift:
             old = biases[f"{switch}_bias"]
-            zeros = jnp.zeros(config.intermediate_size) if old is None else old
+            zeros = jnp.zeros(kernels[switch].shape[1]) if old is None else old
             biases[f"{switch}_bias"] = zeros - config.relu_shift
         found.append(FeedForward(**kernels, **biases))
     return found

@@ -120,7 +120,10 @@ class DecoderConfig:
     Attributes:
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
-        intermediate_size: width of the feed-forward layer.
+        intermediate_size: width of the feed-forward layers; a tuple with one a layer where they differ, as after
+            structured pruning. Such layers are written out: a scan runs one block over stacked kernels, which have one
+            width, and padding them to the widest would bring back what was cut. No `config.json` of these families has
+            a place for it, so that other programs do not read such models (`effjax.models.hf.save_hf` refuses).
         num_hidden_layers: blocks.
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads, a divisor of the query heads; None means as many as those.
@@ -159,7 +162,7 @@ class DecoderConfig:
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int | tuple[int, ...]
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below
@@ -194,6 +197,38 @@ class DecoderConfig:
         """Layer norms, learned positions in place of rotated ones, and feed-forward layers without a gate."""
         return _FAMILIES[self.model_type].opt
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The feed-forward width of every layer."""
+        size = self.intermediate_size
+        return size if isinstance(size, tuple) else (size,) * self.num_hidden_layers
+
+    def one_width(self, asker: str) -> int:
+        """The feed-forward width of all layers, for what takes one alone.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        if isinstance(self.intermediate_size, int):
+            return self.intermediate_size
+        raise ConfigError(
+            f"{asker} takes one feed-forward width for all layers, and those of this decoder are "
+            f"{list(self.intermediate_size)}: cut equally many neurons from each, with Structured(scope='group')"
+        )
+
+    def of_layer(self, layer: int) -> "DecoderConfig":
+        """What the block of a layer is made from: this, with that layer's width.
+
+        Example:
+            >>> config = DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=(172, 96),
+            ...                        num_hidden_layers=2, num_attention_heads=8)
+            >>> config.of_layer(1).intermediate_size
+            96
+        """
+        if isinstance(self.intermediate_size, int):
+            return self
+        return dataclasses.replace(self, intermediate_size=self.intermediate_size[layer])
+
     def __post_init__(self) -> None:
         family = _family(self.model_type)
 
@@ -201,14 +236,9 @@ class DecoderConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             _positive_int(name, getattr(self, name))
+        self._check_widths()
         default("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -285,6 +315,25 @@ class DecoderConfig:
         for token in self.eos_token_ids:
             _token_id("eos_token_ids", token)
 
+    def _check_widths(self) -> None:
+        size = self.intermediate_size
+        if not isinstance(size, tuple):
+            return _positive_int("intermediate_size", size)
+        for width in size:
+            _positive_int("intermediate_size", width)
+        if len(size) != self.num_hidden_layers:
+            raise ConfigError(
+                f"intermediate_size has {len(size)} widths for {self.num_hidden_layers} layers (num_hidden_layers): "
+                "write one a layer, or one number for all"
+            )
+        if len(set(size)) == 1:
+            object.__setattr__(self, "intermediate_size", size[0])
+        elif self.scan_layers:
+            raise ConfigError(
+                f"intermediate_size {list(size)} differs from layer to layer, and a scan stacks kernels of one width: "
+                "write scan_layers False"
+            )
+
     @classmethod
     def from_hf(cls, entries: Mapping[str, Any], **changes: Any) -> "DecoderConfig":
         """Reads the entries of a `config.json`.
@@ -339,6 +388,8 @@ class DecoderConfig:
                 f"config.json: missing {', '.join(missing)}; a {model_type} decoder cannot be shaped without"
             )
         known = {key: entries[key] for key in required}
+        if isinstance(known["intermediate_size"], list):
+            known["intermediate_size"] = tuple(known["intermediate_size"])
         optional = (
             "num_key_value_heads",
             "head_dim",
@@ -375,7 +426,10 @@ class DecoderConfig:
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The entries of a `config.json` that `transformers` and `from_hf` read back."""
+        """The entries of a `config.json` that `transformers` and `from_hf` read back.
+
+        Layers of different widths are a list, which `from_hf` alone reads.
+        """
         architectures = {
             "opt": "OPT",
             "llama": "Llama",

@@ -161,8 +161,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         c = self.config
-        gate = None if c.is_opt else Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="gate_proj")(x)
-        up = Linear(c.intermediate_size, c.mlp_bias, c.param_dtype, name="up_proj")(x)
+        width = c.one_width("MLP")
+        gate = None if c.is_opt else Linear(width, c.mlp_bias, c.param_dtype, name="gate_proj")(x)
+        up = Linear(width, c.mlp_bias, c.param_dtype, name="up_proj")(x)
         z = up if gate is None else gate
         act = jax.nn.silu(z) if c.hidden_act == "silu" else jax.nn.relu(z - jnp.asarray(c.relu_shift, z.dtype))
         h = act if gate is None else act * up
@@ -171,6 +172,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normalised before and added to the residual stream.
+
+    It is made from the configuration `of_layer`, where layers have widths of their own.
 
     The carry `(x, cache)` holds the cache of all layers, so that a scan updates it in place at its layer; or that of
     this layer alone where layers are written out and the cache is split.
@@ -316,12 +319,14 @@ class Decoder(nn.Module):
         elif cache is not None and cache.is_split:
             x, (cache, layers) = carry[0], open_layers(cache, positions, counts)
             for i in range(c.num_hidden_layers):
-                carry, _ = block(c, name=f"layers_{i}")((x, layers[i]), jnp.int32(i), positions, counts, angles)
+                layer = block(c.of_layer(i), name=f"layers_{i}")
+                carry, _ = layer((x, layers[i]), jnp.int32(i), positions, counts, angles)
                 x, layers[i] = carry
             carry = x, close_layers(cache, layers, counts)
         else:
             for i in range(c.num_hidden_layers):
-                carry, _ = block(c, name=f"layers_{i}")(carry, jnp.int32(i), positions, counts, angles)
+                layer = block(c.of_layer(i), name=f"layers_{i}")
+                carry, _ = layer(carry, jnp.int32(i), positions, counts, angles)
         x, cache = carry
         if last_only and length > 1:
             x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
@@ -361,7 +366,10 @@ class EmbedApply:
 
 @dataclasses.dataclass(frozen=True)
 class BlockApply:
-    """`apply(params["layers_3"], x)`: one layer without a cache; equal for equal configurations, so one program."""
+    """`apply(params["layers_3"], x)`: one layer without a cache, of `config.of_layer(3)`.
+
+    Equal for equal configurations, so that layers of one width are one program.
+    """
 
     config: DecoderConfig
 
@@ -397,9 +405,11 @@ def stages(config: DecoderConfig) -> tuple[Stage, ...]:
         ['embed', 'layers_0', 'layers_1']
     """
     config = dataclasses.replace(config, dtype="float32", scan_layers=False, remat=False)
-    block = BlockApply(config)
     groups = tuple(tuple(path for path in group if not config.is_opt or "gate_proj" not in path) for group in GROUPS)
-    layers = [Stage(name=f"layers_{i}", apply=block, groups=groups) for i in range(config.num_hidden_layers)]
+    layers = [
+        Stage(name=f"layers_{i}", apply=BlockApply(config.of_layer(i)), groups=groups)
+        for i in range(config.num_hidden_layers)
+    ]
     return Stage(name="embed", apply=EmbedApply(config)), *layers
 
 

@@ -255,9 +255,11 @@ def save_hf(
     Raises:
         CheckpointError: parameters that do not fit (nothing is written), a directory that exists already, or a disk
             that is full (nothing is left behind).
+        ConfigError: layers of different widths, for which `config.json` has no place.
     """
     from safetensors.numpy import save_file
 
+    refuse_own_widths(config)
     tensors = to_hf_tensors(config, params)
     target = Path(directory)
     entries = config.to_hf() | {"torch_dtype": tensors[embedding_name(config)].dtype.name}
@@ -268,6 +270,16 @@ def save_hf(
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+
+
+def refuse_own_widths(config: DecoderConfig) -> None:
+    """Raises ConfigError where layers have widths of their own: no program but this one would read the files."""
+    if isinstance(config.intermediate_size, tuple):
+        raise ConfigError(
+            f"the layers' intermediate_size differ, {list(config.intermediate_size)}, and config.json of a "
+            f"{config.model_type} model has one for all: write it with effjax.io.save_checkpoint, or cut equally many "
+            "neurons from each layer, with Structured(scope='group')"
+        )
 
 
 def find_directory(path_or_id: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
@@ -405,7 +417,7 @@ def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
     if c.is_opt:
         positions = c.max_position_embeddings + OPT_OFFSET
         add(f"{base}.embed_positions.weight", "embed/positions", positions, c.hidden_size)
-    for i in range(c.num_hidden_layers):
+    for i, width in enumerate(c.widths):
         name = {ours: f"{base}.layers.{i}.{theirs}" for ours, theirs in names.items()}
         path = {ours: f"layers_{i}/{ours}" for ours in names}
         norm(name["attention_norm"], path["attention_norm"])
@@ -419,8 +431,8 @@ def expected_tensors(config: DecoderConfig) -> dict[str, StoredTensor]:
                 add(f"{name[ours]}.weight", f"{path[ours]}/scale", c.head_dim)
         norm(name["mlp_norm"], path["mlp_norm"])
         for ours in ("mlp/up_proj",) if c.is_opt else ("mlp/gate_proj", "mlp/up_proj"):
-            linear(name[ours], path[ours], c.hidden_size, c.intermediate_size, c.mlp_bias)
-        linear(name["mlp/down_proj"], path["mlp/down_proj"], c.intermediate_size, c.hidden_size, c.mlp_bias)
+            linear(name[ours], path[ours], c.hidden_size, width, c.mlp_bias)
+        linear(name["mlp/down_proj"], path["mlp/down_proj"], width, c.hidden_size, c.mlp_bias)
     norm(f"{base}.final_layer_norm" if c.is_opt else f"{base}.norm", "final_norm")
     if not c.tie_word_embeddings:
         add("lm_head.weight", "lm_head/kernel", c.vocab_size, c.hidden_size, transposed=True)

@@ -19,7 +19,7 @@ from effjax.io.formats import awq
 from effjax.io.formats.exactness import WRITERS, Encoded, Exactness, Format, Scheme, encode, nearest
 from effjax.io.safetensors_file import write_file
 from effjax.models.decoder import unstack_layers
-from effjax.models.hf import LoadedModel, embedding_name, expected_tensors
+from effjax.models.hf import LoadedModel, embedding_name, expected_tensors, refuse_own_widths
 from effjax.paths import leaves_with_paths
 from effjax.tree import kind_of
 
@@ -278,6 +278,7 @@ def write_plan(
     directory: str | os.PathLike[str], model: LoadedModel, made: Plan, *, format: Format, overwrite: bool = False
 ) -> tuple[Verdict, ...]:
     """Writes what `plan` made; see `save_quantized_hf`."""
+    refuse_own_widths(model.config)
     refused = [verdict for verdict in made.verdicts if verdict.error is None]
     if refused:
         first = refused[0]

@@ -76,16 +76,18 @@ def shrink_decoder(
 ) -> tuple[DecoderConfig, PyTree]:
     """The smaller decoder and its configuration, for `Decoder(config)` and `effjax.models.hf.save_hf`.
 
-    A configuration, like `config.json`, has one width for all layers: every layer must keep equally many channels and
-    heads, as with `Structured(scope="group")`; which ones may differ.
+    Every layer must keep equally many heads, since the cache has one shape for all: take `Structured(scope="group")`
+    for them. Layers may keep different numbers of channels, as with `Structured(scope="global")`;
+    `intermediate_size` is a tuple then, and `effjax.io.save_checkpoint` keeps such a model. `save_hf` writes those
+    whose layers are alike.
 
     Args:
         config, params: dense, stacked or not.
         mask, groups: see `ej.prune.shrink`; groups are those of `decoder_groups` or `query_head_groups`.
 
     Raises:
-        ConfigError: layers keep different widths, key heads keep different numbers of query heads, or heads of OPT go,
-            whose files have no entry for the width of a head.
+        ConfigError: layers keep different numbers of heads, key heads keep different numbers of query heads, or heads
+            of OPT go, whose files have no entry for the width of a head.
         LeafError: see `ej.prune.shrink`.
 
     Example:
@@ -103,9 +105,9 @@ def shrink_decoder(
     small = shrink(params, mask, groups)
     changed = dataclasses.replace(
         config,
-        intermediate_size=_width(small, "mlp/up_proj/kernel"),
-        num_attention_heads=_width(small, "attention/q_proj/kernel") // config.head_dim,
-        num_key_value_heads=_width(small, "attention/k_proj/kernel") // config.head_dim,
+        intermediate_size=_channels(config, small),
+        num_attention_heads=_heads(small, "attention/q_proj/kernel") // config.head_dim,
+        num_key_value_heads=_heads(small, "attention/k_proj/kernel") // config.head_dim,
     )
     if config.is_opt and changed.num_attention_heads != config.num_attention_heads:
         raise ConfigError(
@@ -115,14 +117,22 @@ def shrink_decoder(
     return changed, small
 
 
-def _width(params: PyTree, suffix: str) -> int:
+def _channels(config: DecoderConfig, params: PyTree) -> tuple[int, ...]:
+    """The width of every feed-forward layer."""
+    if "layers" in params:
+        return (params["layers"]["mlp"]["up_proj"]["kernel"].shape[-1],) * config.num_hidden_layers
+    layers = range(config.num_hidden_layers)
+    return tuple(params[f"layers_{i}"]["mlp"]["up_proj"]["kernel"].shape[-1] for i in layers)
+
+
+def _heads(params: PyTree, suffix: str) -> int:
     """The outputs of a projection, equal in all layers."""
     found = {path: leaf.shape[-1] for path, leaf in leaves_with_paths(params) if path.endswith(suffix)}
     if len(set(found.values())) > 1:
         few, many = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
         raise ConfigError(
-            f"{few} would keep {found[few]} outputs and {many} {found[many]}, but config.json has one width for all "
-            "layers: cut equally many of each, with Structured(scope='group')"
+            f"{few} would keep {found[few]} outputs and {many} {found[many]}, but the cache has one shape for all "
+            "layers: cut equally many heads of each, with Structured(scope='group')"
         )
     return next(iter(found.values()))
 
@@ -164,5 +174,6 @@ def drop_layers(config: DecoderConfig, params: PyTree, layers: Collection[int]) 
     left = [i for i in range(count) if i not in gone]
     rest = {name: value for name, value in flat.items() if name not in {f"layers_{i}" for i in range(count)}}
     small = rest | {f"layers_{new}": flat[f"layers_{old}"] for new, old in enumerate(left)}
-    config = dataclasses.replace(config, num_hidden_layers=len(left))
+    widths = tuple(config.widths[i] for i in left)
+    config = dataclasses.replace(config, num_hidden_layers=len(left), intermediate_size=widths)
     return config, stack_layers(small) if "layers" in params else small

@@ -105,14 +105,18 @@ def neuron_apply(config: DecoderConfig) -> Callable[..., Any]:
 
 
 def used_apply(config: DecoderConfig) -> Callable[..., tuple[Any, Bool[Array, "layers neurons"]]]:
-    """As `neuron_apply`, and also which neurons were not zero for some token of the call."""
+    """As `neuron_apply`, and also which neurons were not zero for some token of the call.
+
+    Layers with fewer neurons than others end in neurons that never are used.
+    """
+    widest = max(config.widths)
 
     def apply(variables: PyTree, tokens: Int[Array, "batch length"], **kwargs: Any) -> Any:
         seen = []
 
         def record(layer: int, x: jax.Array, neurons: Neurons) -> jax.Array:
             y, used = sparse_mlp_used(x, neurons, jnp.arange(neurons.count, dtype=jnp.int32))
-            seen.append(used)
+            seen.append(jnp.pad(used, (0, widest - neurons.count)))
             return y
 
         result = with_mlp(config, record)(variables, tokens, **kwargs)

@@ -104,7 +104,8 @@ def _run(
 ) -> Reused:
     variables = {"params": params}
     recording, reusing = used_apply(config), chosen_apply(config)
-    layers, neurons = config.num_hidden_layers, config.intermediate_size
+    widths = jnp.array(config.widths)
+    layers, neurons = len(widths), max(config.widths)
 
     def block(one_step: Any, state: State, more: Any) -> Any:
         """Up to `gamma` steps of `one_step(state, more)`."""
@@ -135,7 +136,7 @@ def _run(
         chosen = jnp.argsort(~used, axis=-1, stable=True).astype(jnp.int32)
         reuses = unfinished(state)
         state, _ = block(reuse, state, (chosen, counts))
-        return state, total + reuses * counts / neurons, blocks + reuses
+        return state, total + reuses * counts / widths, blocks + reuses
 
     fixed = {"apply": neuron_apply(config), "max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens, "plan": None}
     state = prefill(params, cache, prompt_tokens, prompt_lengths, draw, **fixed)

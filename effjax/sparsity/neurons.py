@@ -60,6 +60,7 @@ def active_neurons(
         >>> active.shape, 0.3 < active.mean() < 0.7
         ((4, 1, 8, 640), Array(True, dtype=bool))
     """
+    config.one_width("active_neurons")
     seen: dict[int, Array] = {}
 
     def see(layer: int, h: Array) -> Array:
@@ -83,6 +84,7 @@ def gate_inputs(
         >>> gate_inputs(model.config, model.params, jnp.arange(8)[None]).shape
         (4, 1, 8, 640)
     """
+    config.one_width("gate_inputs")
     seen: list[Array] = []
     name = "up_proj" if config.is_opt else "gate_proj"
 

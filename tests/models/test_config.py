@@ -1,6 +1,7 @@
 """Configurations: what is read, what is written, and what is refused with which words."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -138,6 +139,8 @@ def test_refused(entries, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"intermediate_size": (8, 4)}, "intermediate_size has 2 widths for 1 layers"),
+        ({"intermediate_size": (8, 0), "num_hidden_layers": 2}, "intermediate_size must be a positive whole number"),
         ({"model_type": "qwen2", "qkv_bias": False}, "qkv_bias False contradicts model_type 'qwen2'"),
         ({"model_type": "mistral", "o_bias": True}, "o_bias needs a model_type with attention_bias"),
         ({"qkv_bias": True}, "write qkv_bias and o_bias alike"),
@@ -155,3 +158,14 @@ def test_refused_when_made_by_hand(changes, message):
     sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ConfigError, match=message):
         DecoderConfig(**(sizes | changes))
+
+
+def test_a_width_a_layer():
+    sizes = dict(vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    config = DecoderConfig(**sizes, intermediate_size=(8, 4))
+    assert config.widths == (8, 4) and config.of_layer(1).one_width("a test") == 4
+    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    alike = DecoderConfig(**sizes, intermediate_size=(8, 8))
+    assert (
+        alike == DecoderConfig(**sizes, intermediate_size=8) and alike.of_layer(1) is alike and alike.widths == (8, 8)
+    )

@@ -9,14 +9,20 @@ import pytest
 
 import effjax as ej
 from effjax.cli import main
+from effjax.cli.inputs import open_model
 from effjax.errors import CalibrationError, ConfigError, LeafError
+from effjax.io import save_checkpoint
+from effjax.io.formats.gguf_config import to_metadata
 from effjax.models.config import DecoderConfig
-from effjax.models.decoder import Decoder, DecoderApply, stack_layers, stages, unstack_layers
+from effjax.models.decoder import Decoder, DecoderApply, new_cache, stack_layers, stages, unstack_layers
 from effjax.models.embedded import load_default
+from effjax.models.generate import generate
 from effjax.models.hf import load_model, save_hf
 from effjax.prune import Structured, block_influence, magnitude_scores, random_scores, structured_mask, taylor_scores
 from effjax.prune.decoder import decoder_groups, drop_layers, query_head_groups, shrink_decoder
 from effjax.sequential import Stage
+from effjax.sparsity.by_neuron import by_neuron, neuron_apply
+from effjax.sparsity.neurons import active_neurons
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 7)))
 
@@ -94,10 +100,58 @@ def test_opt_loses_channels_but_no_heads():
         cut(config, params, groups.select("*/attention/*"), 0.5)
 
 
-def test_uneven_layers_and_uneven_queries_are_refused():
+@pytest.mark.parametrize("model_type", ["qwen3", "opt"])
+def test_layers_may_keep_different_numbers_of_channels(model_type, tmp_path):
+    """The masked model, with and without a cache, from an effjax checkpoint, by neuron, and part by part."""
+    config, params = decoder(model_type, rms_norm_eps=1e-5)  # what files of OPT mean
+    groups = decoder_groups(config, params).select("*/mlp/*")
+    mask, small_config, small = cut(config, params, groups, 0.4, scope="global")
+    kept = [int(np.asarray(mask[f"layers_{i}"]["mlp"]["up_proj"]["kernel"])[0].sum()) for i in range(3)]
+    assert len(set(kept)) > 1 and small_config.intermediate_size == tuple(kept)
+    masked = ej.apply_mask(params, mask)
+    expected = logits(config, masked)
+    np.testing.assert_allclose(logits(small_config, small), expected, atol=2e-5)
+    texts = []
+    for c, p, split in ((config, masked, True), (small_config, small, True), (small_config, small, False)):
+        cache = new_cache(c, batch=2, slots=16, split=split)
+        texts.append(generate(DecoderApply(c), p, cache, TOKENS, jnp.array([7, 4]), max_new_tokens=6)[0])
+    np.testing.assert_array_equal(texts[1], texts[0])
+    np.testing.assert_array_equal(texts[2], texts[0])
+
+    save_checkpoint(tmp_path / "small", small, config=small_config.to_hf())
+    again = open_model(str(tmp_path / "small")).model
+    assert again.config == small_config
+    np.testing.assert_array_equal(logits(again.config, again.params), logits(small_config, small))
+    by_row = neuron_apply(small_config)({"params": by_neuron(small_config, small)}, TOKENS)
+    np.testing.assert_allclose(by_row, expected, atol=2e-5)
+    x = TOKENS
+    for stage in stages(small_config):
+        x = stage.apply(small[stage.name], x)
+    assert x.shape == (2, 7, 24)
+    dropped, rest = drop_layers(small_config, small, [1])
+    assert dropped.widths == (kept[0], kept[2]) and logits(dropped, rest).shape == expected.shape
+
+
+def test_what_has_one_width_for_all_layers_says_so(tmp_path):
     config, params = decoder()
-    with pytest.raises(ConfigError, match="layers_. up_proj".replace(" ", "/mlp/") + "/kernel would keep .* one width"):
-        cut(config, params, decoder_groups(config, params).select("*/mlp/*"), 0.5, scope="global")
+    _, config, params = cut(config, params, decoder_groups(config, params).select("*/mlp/*"), 0.4, scope="global")
+    with pytest.raises(
+        ConfigError, match=r"intermediate_size differ, \[.*config.json of a llama model has one for all"
+    ):
+        save_hf(tmp_path / "small", config, params)
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(ConfigError, match="GGUF takes one feed-forward width for all layers"):
+        to_metadata(config)
+    with pytest.raises(ConfigError, match="active_neurons takes one feed-forward width"):
+        active_neurons(config, params, TOKENS)
+    with pytest.raises(ConfigError, match="a scan stacks kernels of one width: write scan_layers False"):
+        dataclasses.replace(config, scan_layers=True)
+
+
+def test_uneven_heads_and_uneven_queries_are_refused():
+    config, params = decoder()
+    with pytest.raises(ConfigError, match="layers_./attention/._proj/kernel would keep .* the cache has one shape"):
+        cut(config, params, decoder_groups(config, params).select("*/attention/*"), 0.5, scope="global")
     groups = query_head_groups(config, params)
     some = groups.select(lambda path, axis: path.startswith("layers_0"))
     one = dataclasses.replace(some, groups=dict(list(some.groups.items())[:1]))

@@ -35,6 +35,7 @@ CONFIGS = {
     "biased": BIASED,
     "scanned": dataclasses.replace(RELU, scan_layers=True),
     "opt": OPT,
+    "widths": dataclasses.replace(RELU, intermediate_size=(48, 32)),
 }
 LONGEST = 24
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 7), np.int32)
@@ -54,6 +55,9 @@ def test_logits_are_those_of_the_decoder(name):
     np.testing.assert_allclose(neuron_apply(config)({"params": laid}, TOKENS), want, rtol=1e-4, atol=1e-4)
     got, used = used_apply(config)({"params": laid}, TOKENS)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    if name == "widths":
+        assert used.shape == (2, 48) and used[1, :32].any() and not used[1, 32:].any()
+        return
     np.testing.assert_array_equal(used, active_neurons(config, params, jnp.asarray(TOKENS)).any((1, 2)))
 
 

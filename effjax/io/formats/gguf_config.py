@@ -126,7 +126,7 @@ def to_metadata(config: DecoderConfig) -> dict[str, Any]:
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        "feed_forward_length": c.intermediate_size,
+        "feed_forward_length": c.one_width("GGUF"),
         "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": c.num_key_value_heads,
         "attention.key_length": c.head_dim,
