@@ -30,6 +30,7 @@ def searches(layer: WideLayer) -> dict[str, Search]:
     graph.hnsw.efConstruction = BREADTH
     graph.add(labels)
     codes = faiss.IndexPQ(labels.shape[1], PARTS, 8, faiss.METRIC_INNER_PRODUCT)
+    codes.pq.cp.min_points_per_centroid = 1  # few labels: no warning
     rescored = faiss.IndexRefineFlat(codes)
     rescored.k_factor = RESCORED
     rescored.train(labels)

@@ -67,8 +67,14 @@ ffi::Error LabelTopK(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> h, ffi::Buffer<
   p.values = values->typed_data();
   p.found = found->typed_data();
   p.scored = scored->typed_data();
+  std::vector<uint64_t> maps;
+  if (WorthMaps(p)) {
+    maps.resize(static_cast<size_t>(AllMapWords(p)));
+    FillMaps(p, maps.data());
+    p.maps = maps.data();
+  }
   // Queries in parts that share the bits of the labels seen; about four parts a thread.
-  const int64_t words = (p.labels + 63) / 64;
+  const int64_t words = LabelWords(p);
   const int64_t about = p.in * (p.hashes * p.tables + (p.tables * p.labels >> p.hashes));  // numbers that a query touches
   const int64_t threads = p.batch * about < 2 * kWorthAThread ? 1 : ThreadLimit(pool);
   const int64_t each = threads == 1 ? p.batch : (p.batch + 4 * threads - 1) / (4 * threads);

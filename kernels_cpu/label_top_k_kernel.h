@@ -64,16 +64,17 @@ inline void Dots(const float* h, int64_t in, const Row* const* rows, float* out)
 // The signs of `kBlocks` vectors of projections from `first`; `n` of the last one exist.
 template <int kBlocks>
 inline void Signs(const LabelProblem& p, const float* h, int64_t first, int64_t n, bool* signs) {
-  const int64_t bits = p.hashes * p.tables;
+  const int64_t bits = p.hashes * p.tables, total = (p.in + 1) * bits;
   Floats at[kBlocks] = {}, direction = {};
   for (int64_t d = 0; d <= p.in; ++d) {
     const float x = d < p.in ? h[d] : 1.0f;
-    const float* from = p.directions + d * bits + first;
+    const int64_t begin = d * bits + first;
+    const bool whole = begin + kBlocks * kLanes <= total;  // numbers behind the last one are of the next row
     for (int b = 0; b < kBlocks; ++b) {
-      if (b + 1 == kBlocks && n < kLanes) {
-        std::memcpy(&direction, from + b * kLanes, static_cast<size_t>(n) * sizeof(float));
+      if (b + 1 < kBlocks || whole) {
+        Load(p.directions + begin + b * kLanes, &direction);
       } else {
-        Load(from + b * kLanes, &direction);
+        std::memcpy(&direction, p.directions + begin + b * kLanes, static_cast<size_t>(n) * sizeof(float));
       }
       at[b] += x * direction;
     }
@@ -88,8 +89,16 @@ inline void Codes(const LabelProblem& p, const float* h, int64_t* codes) {
   const int64_t bits = p.hashes * p.tables;
   int64_t first = 0;
   for (; first + 4 * kLanes <= bits; first += 4 * kLanes) Signs<4>(p, h, first, kLanes, signs);
-  for (; first + kLanes <= bits; first += kLanes) Signs<1>(p, h, first, kLanes, signs);
-  if (first < bits) Signs<1>(p, h, first, bits - first, signs);
+  const int64_t rest = bits - first, n = rest % kLanes == 0 ? kLanes : rest % kLanes;
+  if (rest > 3 * kLanes) {
+    Signs<4>(p, h, first, n, signs);
+  } else if (rest > 2 * kLanes) {
+    Signs<3>(p, h, first, n, signs);
+  } else if (rest > kLanes) {
+    Signs<2>(p, h, first, n, signs);
+  } else if (rest > 0) {
+    Signs<1>(p, h, first, n, signs);
+  }
   for (int64_t t = 0; t < p.tables; ++t) {
     codes[t] = 0;
     for (int64_t b = 0; b < p.hashes; ++b) codes[t] |= static_cast<int64_t>(signs[b * p.tables + t]) << b;
@@ -137,6 +146,11 @@ struct Waiting {
     const uint64_t bit = uint64_t{1} << (id & 63);
     if (word & bit) return;
     word |= bit;
+    Take(id);
+  }
+
+  // A label that was not taken before.
+  inline void Take(int32_t id) {
     const char* row = reinterpret_cast<const char*>(RowOf(id));
     const int64_t bytes = p.in * static_cast<int64_t>(sizeof(Row));
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
@@ -192,7 +206,20 @@ void QueryRows(const LabelProblem& p, int64_t query, uint64_t* seen) {
   float* values = p.values + query * p.k;
   int32_t* found = p.found + query * p.k;
   Waiting<Row> waiting = {p, h, {values, found, p.k, 0}, seen};
-  ForBuckets(p, codes, [&](int32_t id) { waiting.Add(id); });
+  if (p.maps != nullptr) {
+    const int64_t words = LabelWords(p);
+    for (int64_t t = 0; t < p.tables; ++t) {
+      const uint64_t* map = p.maps + ((t << p.hashes) + codes[t]) * words;
+      for (int64_t w = 0; w < words; ++w) seen[w] |= map[w];
+    }
+    for (int64_t w = 0; w < words; ++w) {
+      for (uint64_t left = seen[w]; left != 0; left &= left - 1) {
+        waiting.Take(static_cast<int32_t>(64 * w + __builtin_ctzll(left)));
+      }
+    }
+  } else {
+    ForBuckets(p, codes, [&](int32_t id) { waiting.Add(id); });
+  }
   waiting.Finish();
   const bool few = waiting.scored < p.k;
   if (few) {
@@ -203,6 +230,10 @@ void QueryRows(const LabelProblem& p, int64_t query, uint64_t* seen) {
   for (int64_t i = waiting.best.held; i < p.k; ++i) {
     values[i] = -INFINITY;
     found[i] = -1;
+  }
+  if (p.maps != nullptr) {
+    std::memset(seen, 0, static_cast<size_t>(LabelWords(p)) * sizeof(uint64_t));
+    return;
   }
   const auto forget = [&](int32_t id) {
     if (static_cast<uint64_t>(static_cast<int64_t>(id)) < static_cast<uint64_t>(p.labels)) seen[id >> 6] = 0;

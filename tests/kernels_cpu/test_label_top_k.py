@@ -18,6 +18,9 @@ SHAPES = [
     (5, 64, 9, 7, 64, 3, 64),
     (3, 5, 12, 2, 40, 6, 4),
     (0, 5, 2, 1, 4, 1, 2),
+    (20, 7, 4, 3, 90, 2, 3),  # from 16 queries on by maps of bits
+    (17, 8, 2, 6, 64, 1, 60),
+    (20, 5, 12, 2, 400, 6, 4),  # for which there are too many buckets
 ]
 
 
@@ -52,8 +55,9 @@ def test_many_queries_on_several_threads():
         np.testing.assert_allclose(values, want[0], atol=1e-5)
 
 
-def test_ids_and_offsets_out_of_range_are_passed_over():
-    arrays, _ = arrays_of(SHAPES[1])
+@pytest.mark.parametrize("shape", [(3, 7, 4, 3, 90, 2, 3), (20, 7, 4, 3, 90, 2, 3)], ids=str)
+def test_ids_and_offsets_out_of_range_are_passed_over(shape):
+    arrays, _ = arrays_of(shape)
     ids, offsets, fallback = arrays[2], arrays[3], arrays[6]
     for wrong in (ids.at[:, ::2].set(-5), ids.at[:, ::3].set(90), ids.at[:].set(2**31 - 1)):
         _, labels, _ = label_top_k.label_top_k(*arrays[:2], wrong, *arrays[3:], k=3)

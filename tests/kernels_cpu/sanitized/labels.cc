@@ -54,6 +54,11 @@ void RunLabels(const char* name, const effjax::LabelKernel* kernel) {
     p.h = h.get(), p.directions = directions.get(), p.ids = ids.get(), p.offsets = offsets.get(), p.bias = bias.get();
     p.weights = p.bfloat16 ? static_cast<const void*>(halves.get()) : w.get();
     p.fallback = fallback.get(), p.values = values.get(), p.found = found.get(), p.scored = scored.get();
+    Exact<uint64_t> maps(effjax::AllMapWords(p));
+    if (Draw(0, 1) != 0) {
+      effjax::FillMaps(p, maps.get());
+      p.maps = maps.get();
+    }
     for (int64_t q = 0; q < p.batch; ++q) {
       kernel->query(p, q, seen.get());
       for (int64_t word = 0; word < (p.labels + 63) / 64; ++word) Compare(name, static_cast<float>(seen[word] != 0), 0, 1, 0);
