@@ -2,7 +2,7 @@
 
 from effjax.distill.attention import attention_map, attention_transfer_loss
 from effjax.distill.committee import Committee, Seen, Teacher, diverse_init, strip
-from effjax.distill.contrastive import contrastive_loss
+from effjax.distill.contrastive import contrastive_loss, symmetric_contrastive_loss
 from effjax.distill.diverse import Batch, Diverse, DiverseTerms, diverse_loss
 from effjax.distill.features import hint_loss, init_projection, project
 from effjax.distill.logits import TopK, kl_divergence, top_k_divergence, top_k_targets
@@ -37,6 +37,7 @@ __all__ = [
     "pskd_loss",
     "pskd_weight",
     "strip",
+    "symmetric_contrastive_loss",
     "top_k_divergence",
     "top_k_targets",
     "write_store",

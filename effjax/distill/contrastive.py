@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effjax.models.transformer import unit
+
 
 def contrastive_loss(
     teacher: Float[Array, "batch d"],
@@ -42,17 +44,45 @@ def contrastive_loss(
             f"contrastive_loss: teacher {list(teacher.shape)} and student {list(student.shape)}: project the student "
             "to the teacher's width first"
         )
-    keys, queries = _unit(jax.lax.stop_gradient(teacher)), _unit(student)
+    keys, queries = unit(jax.lax.stop_gradient(teacher)), unit(student)
     own = jnp.eye(len(keys), dtype=bool)
     cosines = queries @ keys.T
     if labels is not None:
         cosines = jnp.where((labels[:, None] == labels) & ~own, -jnp.inf, cosines)
     if others is not None:
-        cosines = jnp.concatenate([cosines, queries @ _unit(jax.lax.stop_gradient(others)).T], axis=1)
+        cosines = jnp.concatenate([cosines, queries @ unit(jax.lax.stop_gradient(others)).T], axis=1)
     log_probs = jax.nn.log_softmax(cosines / temperature)
     return -jnp.diagonal(log_probs)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+def symmetric_contrastive_loss(
+    image: Float[Array, "batch d"], text: Float[Array, "batch d"], *, scale: float | Float[Array, ""] = 10.0
+) -> Float[Array, "batch"]:
+    """Mean of both directions: an image finds its text, and a text its image (CLIP, Radford et al. 2021, figure 3).
+
+    Both towers are students: gradients flow to image, text and scale.
+
+    Args:
+        image: embeddings, of any length.
+        text: embeddings of the same pairs.
+        scale: by which cosines are multiplied, one over the temperature.
+
+    Returns:
+        float32, in nats.
+
+    Raises:
+        ValueError: embeddings of different shapes.
+
+    Example:
+        >>> x = jnp.eye(4)
+        >>> bool((symmetric_contrastive_loss(x, x) < 0.01).all()), symmetric_contrastive_loss(x, x, scale=0.0).shape
+        (True, (4,))
+    """
+    if image.shape != text.shape:
+        raise ValueError(
+            f"symmetric_contrastive_loss: image {list(image.shape)} and text {list(text.shape)}: give pairs of one "
+            "width"
+        )
+    logits = scale * (unit(image) @ unit(text).T)
+    found = jnp.diagonal(jax.nn.log_softmax(logits, axis=1)) + jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
+    return -0.5 * found

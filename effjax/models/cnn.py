@@ -8,6 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def init_conv(key: jax.Array, n: int, m: int, size: int = 3) -> dict[str, Any]:
+    """A He-normal kernel `[size, size, n, m]` and a bias of zeros."""
+    return {"kernel": jax.random.normal(key, (size, size, n, m)) * (2 / (size**2 * n)) ** 0.5, "bias": jnp.zeros(m)}
+
+
+def conv(layer: dict[str, Any], x: Float[Array, "batch height width n"], stride: int = 1) -> jax.Array:
+    """A convolution that keeps the sides, or divides them by the stride: `[batch, rows, columns, m]`."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=numbers)
+    return x + layer["bias"]
+
+
 def init_cnn(key: jax.Array, channels: int, labels: int, widths: Sequence[int] = (16, 32, 64)) -> dict[str, Any]:
     """3 x 3 convolutions from width to width, He-normal, and a linear head.
 
@@ -19,8 +31,7 @@ def init_cnn(key: jax.Array, channels: int, labels: int, widths: Sequence[int] =
     sizes = (channels, *widths)
     keys = jax.random.split(key, len(sizes))
     params: dict[str, Any] = {
-        f"conv_{i}": {"kernel": jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5, "bias": jnp.zeros(m)}
-        for i, (k, n, m) in enumerate(zip(keys, sizes, sizes[1:], strict=False))
+        f"conv_{i}": init_conv(k, n, m) for i, (k, n, m) in enumerate(zip(keys, sizes, sizes[1:], strict=False))
     }
     head = jax.random.normal(keys[-1], (sizes[-1], labels)) * sizes[-1] ** -0.5
     return params | {"head": {"kernel": head, "bias": jnp.zeros(labels)}}
@@ -32,8 +43,5 @@ def apply_cnn(
     """Logits: each convolution halves the sides, the head reads the mean over what is left."""
     x = images
     for i in range(len(params) - 1):
-        layer = params[f"conv_{i}"]
-        numbers = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(x, layer["kernel"], (2, 2), "SAME", dimension_numbers=numbers)
-        x = jax.nn.relu(x + layer["bias"])
+        x = jax.nn.relu(conv(params[f"conv_{i}"], x, stride=2))
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
