@@ -1,8 +1,6 @@
 """Outputs of a teacher on disk, so that it runs once: its best labels and the rest's mass, in checked shards."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
 
 from effjax.distill.logits import TopK, top_k_targets
+from effjax.distill.shards import Shapes, Shards, hash_of, open_shards, read_manifest, read_rows, write_shards
 from effjax.errors import CheckpointError, ConfigError
-from effjax.io.directory import file_renamed_when_whole
-from effjax.io.safetensors_file import TensorEntry, layout, put, raw_bytes, read_entries
 
 FORMAT = "effjax teacher store 1"
-MANIFEST = "store.json"
-_AGAIN = "delete it and write the store again: only what is missing is made"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +62,11 @@ class TeacherStore:
     length: int
     labels: int
     tokens: str
-    shards: tuple[dict[str, TensorEntry], ...]
+    shards: Shards
 
     def rows(self, ids: Int[np.ndarray, "batch"]) -> TopK:
         """Outputs for these windows, numpy `[batch, length, k]`; reads only their bytes."""
-        where = [divmod(int(i), self.config.shard_rows) for i in ids]
-        read: dict[str, Any] = {
-            name: np.concatenate([self.shards[shard][name].read_rows(at, at + 1) for shard, at in where])
-            for name in ("labels", "log_probs", "tail")
-        }
+        read: dict[str, Any] = read_rows(self.shards, self.config.shard_rows, ids, ("labels", "log_probs", "tail"))
         read["labels"] = read["labels"].astype(np.int32)
         return TopK(**read, temperature=self.config.temperature)
 
@@ -86,7 +76,7 @@ class TeacherStore:
         Raises:
             CheckpointError: others, or in another order.
         """
-        if _hash_of(windows) != self.tokens:
+        if hash_of(windows) != self.tokens:
             raise CheckpointError(
                 f"{self.directory.name}: was made of {self.windows} other windows of {self.length} tokens than these "
                 f"{len(windows)}: write a store for them in another directory"
@@ -144,43 +134,31 @@ def write_store(
         "windows": len(windows),
         "length": windows.shape[1],
         "labels": labels,
-        "tokens": _hash_of(windows),
+        "tokens": hash_of(windows),
         **dataclasses.asdict(config),
     }
-    _begin(directory, manifest)
     id_dtype = np.uint16 if labels <= 2**16 else np.uint32
 
     @jax.jit
     def keep(logits: jax.Array) -> TopK:
         return top_k_targets(logits, k=config.k, temperature=config.temperature)
 
-    for index, start in enumerate(range(0, len(windows), config.shard_rows)):
-        rows = windows[start : start + config.shard_rows]
-        file = directory / _shard_name(index)
-        if file.exists():
-            _read_shard(file, manifest, index, hashed=True)
-        else:
-            parts = []
-            for at in range(0, len(rows), batch):
-                ids = np.minimum(np.arange(at, at + batch), len(rows) - 1)  # one shape, compiled once
-                parts.append(jax.tree.map(np.asarray, keep(apply(rows[ids]))))
-            top = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-            arrays = {
-                "labels": top.labels[: len(rows)].astype(id_dtype),
-                "log_probs": top.log_probs[: len(rows)].astype(config.dtype),
-                "tail": top.tail[: len(rows)].astype(config.dtype),
-            }
-            if not np.isfinite(arrays["log_probs"][..., 0]).all():
-                raise CheckpointError(f"{file.name}: {teacher} gave outputs that are not finite: nothing was written")
-            metadata = {"format": FORMAT, "of": _told(manifest, index), "sha256": _hash_of(*arrays.values())}
-            # The usual writer orders the metadata anew each time.
-            head, entries = layout(file, {name: (x.dtype, x.shape) for name, x in arrays.items()}, metadata=metadata)
-            with file_renamed_when_whole(file) as stream:
-                stream.write(head)
-                for name, entry in entries.items():
-                    put(stream, entry, iter([arrays[name]]))
-        if progress is not None:
-            progress(min(start + config.shard_rows, len(windows)), len(windows))
+    def make(start: int, end: int, file: str) -> dict[str, np.ndarray]:
+        parts = []
+        for at in range(start, end, batch):
+            ids = np.minimum(np.arange(at, at + batch), end - 1)  # one shape, compiled once
+            parts.append(jax.tree.map(np.asarray, keep(apply(windows[ids]))))
+        top = jax.tree.map(lambda *xs: np.concatenate(xs)[: end - start], *parts)
+        arrays = {
+            "labels": top.labels.astype(id_dtype),
+            "log_probs": top.log_probs.astype(config.dtype),
+            "tail": top.tail.astype(config.dtype),
+        }
+        if not np.isfinite(arrays["log_probs"][..., 0]).all():
+            raise CheckpointError(f"{file}: {teacher} gave outputs that are not finite: nothing was written")
+        return arrays
+
+    write_shards(directory, manifest, len(windows), _shapes(manifest), make, progress)
     return open_store(directory, verify=False)
 
 
@@ -195,84 +173,14 @@ def open_store(directory: str | Path, *, verify: bool = True) -> TeacherStore:
         CheckpointError: a shard is missing, damaged or of another store; it is named, with the remedy.
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory, FORMAT)
     config = StoreConfig(**{field.name: manifest[field.name] for field in dataclasses.fields(StoreConfig)})
-    count = -(-manifest["windows"] // config.shard_rows)
-    missing = [name for name in map(_shard_name, range(count)) if not (directory / name).exists()]
-    if missing:
-        raise CheckpointError(
-            f"{directory.name}: {missing[0]} is missing, {len(missing)} of {count} shards are: write the store again, "
-            "it goes on where it was"
-        )
-    shards = tuple(_read_shard(directory / _shard_name(i), manifest, i, hashed=verify) for i in range(count))
+    shards = open_shards(directory, manifest, manifest["windows"], _shapes(manifest), verify=verify)
     rest = {name: manifest[name] for name in ("teacher", "windows", "length", "labels", "tokens")}
     return TeacherStore(directory=directory, config=config, shards=shards, **rest)
 
 
-def _begin(directory: Path, manifest: dict[str, Any]) -> None:
-    """Notes down what is going to be stored, or compares it with what was."""
-    if (directory / MANIFEST).exists():
-        begun = _read_manifest(directory)
-        other = [name for name in manifest if begun.get(name) != manifest[name]]
-        if other:
-            name = other[0]
-            raise CheckpointError(
-                f"{directory.name}: holds a store of {name}={begun.get(name)!r}, not {manifest[name]!r}: name another "
-                "directory, or delete this one"
-            )
-        for unfinished in directory.glob(".shard-*"):  # of a process that was killed
-            unfinished.unlink()
-        return
-    if directory.exists() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory.name}: is not empty and holds no store: name another directory")
-    directory.mkdir(exist_ok=True)
-    with file_renamed_when_whole(directory / MANIFEST) as stream:
-        stream.write((json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory.name}: has no {MANIFEST}, so it is no store; write one first") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{directory.name}/{MANIFEST}: is damaged ({error}): write the store anew") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{directory.name}/{MANIFEST}: is not of this format ({FORMAT}): write the store anew")
-    return manifest
-
-
-def _read_shard(file: Path, manifest: dict[str, Any], index: int, *, hashed: bool) -> dict[str, TensorEntry]:
-    """The tensors of a shard, whose header and shapes are right, and whose bytes are where they are `hashed`."""
-    try:
-        entries = read_entries(file)
-        with safe_open(file, "np") as opened:
-            metadata = opened.metadata() or {}
-    except (CheckpointError, SafetensorError) as error:
-        raise CheckpointError(f"{file.parent.name}/{file.name}: is damaged ({error}); {_AGAIN}") from error
-    if metadata.get("of") != _told(manifest, index):
-        raise CheckpointError(f"{file.parent.name}/{file.name}: belongs to another store; {_AGAIN}")
-    rows = min(manifest["shard_rows"], manifest["windows"] - index * manifest["shard_rows"])
-    outer = (rows, manifest["length"])
-    shapes = {"labels": (*outer, manifest["k"]), "log_probs": (*outer, manifest["k"]), "tail": outer}
-    if {name: entry.shape for name, entry in entries.items()} != shapes:
-        raise CheckpointError(f"{file.parent.name}/{file.name}: does not hold the tensors of a shard; {_AGAIN}")
-    if hashed and _hash_of(*(entries[name].read() for name in shapes)) != metadata.get("sha256"):
-        raise CheckpointError(f"{file.parent.name}/{file.name}: is damaged (its hash differs); {_AGAIN}")
-    return entries
-
-
-def _told(manifest: dict[str, Any], index: int) -> str:
-    """What a shard says of itself: its place, and the store that it is of."""
-    return f"{index} {hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}"
-
-
-def _shard_name(index: int) -> str:
-    return f"shard-{index:05d}.safetensors"
-
-
-def _hash_of(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for x in arrays:
-        digest.update(raw_bytes(x))
-    return digest.hexdigest()
+def _shapes(manifest: dict[str, Any]) -> Shapes:
+    """Of a window."""
+    length, k = manifest["length"], manifest["k"]
+    return {"labels": (length, k), "log_probs": (length, k), "tail": (length,)}
