@@ -10,12 +10,14 @@ goes on where it was.
 import argparse
 import sys
 
-from train import distill_diverse, distill_lm
+from train import distill_cliptex, distill_diverse, distill_lm, distill_sam_clip
 from train.command import run
 
 EXPERIMENTS = {
     "lm": (distill_lm.LmDistillConfig, distill_lm.distill, distill_lm.__doc__),
     "diverse": (distill_diverse.DiverseConfig, distill_diverse.distill, distill_diverse.__doc__),
+    "cliptex": (distill_cliptex.ClipTexConfig, distill_cliptex.distill, distill_cliptex.__doc__),
+    "sam_clip": (distill_sam_clip.SamClipConfig, distill_sam_clip.distill, distill_sam_clip.__doc__),
 }
 
 
