@@ -30,7 +30,13 @@ def test_runs_without_error_or_warning(path, monkeypatch):
 
 
 def test_all_are_found():
-    assert [path.stem for path in NOTEBOOKS] == ["cache_budget", "compose_transforms", "sampling", "your_own_model"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "cache_budget",
+        "compose_transforms",
+        "one_backbone_two_teachers",
+        "sampling",
+        "your_own_model",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
