@@ -93,7 +93,7 @@ class ClipTexConfig(LoopConfig):
     experts: tuple[Name, ...] = ("classes", "depth", "normals")
     batch: int = 64
     expert_batch: int = 32
-    expert_steps: int = 400
+    expert_steps: int = 1000
     expert_rate: float = 4e-3
     clip_steps: int = 800
     clip_rate: float = 2e-3

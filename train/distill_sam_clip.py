@@ -87,13 +87,13 @@ class SamClipConfig(LoopConfig):
     batch: int = 64
     replay_batch: int = 32
     clicks: int = 2
-    base_steps: int = 1600
+    base_steps: int = 1200
     base_rate: float = 2e-3
-    aux_steps: int = 800
+    aux_steps: int = 600
     aux_rate: float = 2e-3
-    probe_steps: int = 150
+    probe_steps: int = 100
     probe_rate: float = 2e-3
-    steps: int = 450
+    steps: int = 340
     learning_rate: float = 1e-3
     lam: float = 10.0
     old_rate: float = 0.1

@@ -11,7 +11,7 @@ from effjax.errors import ConfigError
 from effjax.models.cnn import conv, init_conv
 
 
-def init_unet(key: jax.Array, channels: int, outputs: int, widths: Sequence[int] = (8, 16, 24)) -> dict[str, Any]:
+def init_unet(key: jax.Array, channels: int, outputs: int, widths: Sequence[int] = (12, 24, 32)) -> dict[str, Any]:
     """3 x 3 convolutions, He-normal: one a width on the way down, one on the way up, and a linear output.
 
     Example:
