@@ -16,6 +16,7 @@ from effjax.distill.cliptex import (
 )
 from effjax.distill.committee import Committee, Seen, Teacher, diverse_init, strip
 from effjax.distill.contrastive import contrastive_loss, symmetric_contrastive_loss
+from effjax.distill.curate import curate, query_counts
 from effjax.distill.diverse import Batch, Diverse, DiverseTerms, diverse_loss
 from effjax.distill.features import hint_loss, init_projection, project
 from effjax.distill.logits import TopK, kl_divergence, top_k_divergence, top_k_targets
@@ -34,6 +35,7 @@ from effjax.distill.mlp import apply_mlp, halves, init_mlp, layer_outputs
 from effjax.distill.progressive import pskd_loss, pskd_weight
 from effjax.distill.pseudo_labels import IGNORE, Expert, LabelStore, open_labels, write_labels
 from effjax.distill.store import StoreConfig, TeacherStore, open_store, write_store
+from effjax.distill.transfer import KeepBest, adapt, agnostic_loss, keep_best, label_loss, transfer_loss
 
 __all__ = [
     "Batch",
@@ -42,6 +44,7 @@ __all__ = [
     "DiverseTerms",
     "Expert",
     "IGNORE",
+    "KeepBest",
     "LabelStore",
     "Seen",
     "StoreConfig",
@@ -49,6 +52,8 @@ __all__ = [
     "Teacher",
     "TeacherStore",
     "TopK",
+    "adapt",
+    "agnostic_loss",
     "apply_mlp",
     "apply_text_head",
     "attention_map",
@@ -58,6 +63,7 @@ __all__ = [
     "cliptex_losses",
     "contrastive_loss",
     "cosine_loss",
+    "curate",
     "depth_loss",
     "diverse_init",
     "diverse_loss",
@@ -70,7 +76,9 @@ __all__ = [
     "init_mlp",
     "init_projection",
     "init_text_head",
+    "keep_best",
     "kl_divergence",
+    "label_loss",
     "layer_outputs",
     "linear_task",
     "mask_loss",
@@ -81,6 +89,7 @@ __all__ = [
     "project",
     "pskd_loss",
     "pskd_weight",
+    "query_counts",
     "strip",
     "strip_heads",
     "symmetric_contrastive_loss",
@@ -88,6 +97,7 @@ __all__ = [
     "text_segment",
     "top_k_divergence",
     "top_k_targets",
+    "transfer_loss",
     "weighted_sum",
     "write_labels",
     "write_store",
