@@ -10,7 +10,7 @@ goes on where it was.
 import argparse
 import sys
 
-from train import distill_cliptex, distill_diverse, distill_lm, distill_sam_clip
+from train import distill_cliptex, distill_diverse, distill_lm, distill_sam_clip, distill_transfer
 from train.command import run
 
 EXPERIMENTS = {
@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "diverse": (distill_diverse.DiverseConfig, distill_diverse.distill, distill_diverse.__doc__),
     "cliptex": (distill_cliptex.ClipTexConfig, distill_cliptex.distill, distill_cliptex.__doc__),
     "sam_clip": (distill_sam_clip.SamClipConfig, distill_sam_clip.distill, distill_sam_clip.__doc__),
+    "transfer": (distill_transfer.TransferConfig, distill_transfer.distill, distill_transfer.__doc__),
 }
 
 

@@ -30,6 +30,7 @@ from effjax.io.checkpoint import save_checkpoint
 from train.command import same_settings
 from train.config import LoopConfig
 from train.finetune import PASSING
+from train.images import pooled, read_labelled
 from train.loop import fit
 from train.processes import is_main, to_host
 from train.step import make_optimizer
@@ -45,7 +46,8 @@ class DiverseConfig(LoopConfig):
         experiment: "diverse".
         out: folder for the runs of the teachers and the student, and the finished `model/`.
         resume: go on from the newest checkpoints in `out`.
-        data: .npz with `images [n, height, width]` and integer `labels [n]`; None for the digits of scikit-learn.
+        data: .npz with `images [n, height, width]` and integer `labels [n]`, a directory that holds images/mnist, or
+            None for the digits of scikit-learn.
         pool: side of the squares of pixels whose mean the student sees.
         foundation: hidden widths of the teacher that sees the image.
         complementary: hidden widths of the teacher that sees what the student sees.
@@ -116,37 +118,16 @@ def read_images(config: DiverseConfig) -> tuple[Images, Images]:
     """Images to train on and held out, in an order drawn from the seed.
 
     Raises:
-        ConfigError: a file that cannot be read, or does not hold images and labels that fit.
+        ConfigError: see `read_labelled` and `pooled`; too few images.
     """
-    if config.data is None:
-        try:
-            from sklearn.datasets import load_digits  # type: ignore[import-not-found]
-        except ImportError:
-            raise ConfigError(
-                "the digits come with scikit-learn, which is missing: install it, or name --data"
-            ) from None
-        images, labels = load_digits(return_X_y=True)
-        images = images.reshape(-1, 8, 8)
-    else:
-        try:
-            with np.load(config.data) as file:
-                images, labels = file["images"], file["labels"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"--data {config.data}: cannot be read as images and labels ({error})") from None
-    pool = config.pool
-    if images.ndim != 3 or labels.shape != images.shape[:1] or pool < 1 or any(n % pool for n in images.shape[1:]):
-        raise ConfigError(
-            f"images {list(images.shape)}, labels {list(labels.shape)}, pool={pool}: give [n, height, width], a label "
-            "an image, and a pool that divides the sides"
-        )
+    images, labels = read_labelled(config.data)
+    small = pooled(images, config.pool)
     order = np.random.default_rng(config.seed).permutation(len(images))
-    whole, labels = (images / max(images.max(), 1e-9)).astype(np.float32)[order], labels[order].astype(np.int32)
-    height, width = whole.shape[1] // pool, whole.shape[2] // pool
-    pooled = whole.reshape(-1, height, pool, width, pool).mean((2, 4))
+    whole, small, labels = images[order], small[order], labels[order]
     judged = round(config.heldout * len(whole))
     if not 0 < judged < len(whole) or labels.min() < 0:
         raise ConfigError(f"{len(whole)} images, labels from {labels.min()}: give more images, and labels from 0 on")
-    every = Images(whole=whole.reshape(len(whole), -1), pooled=pooled.reshape(len(whole), -1), labels=labels)
+    every = Images(whole=whole.reshape(len(whole), -1), pooled=small.reshape(len(whole), -1), labels=labels)
     return every[judged:], every[:judged]
 
 
