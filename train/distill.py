@@ -1,10 +1,12 @@
-"""Distils a student from larger models: a decoder from a decoder, or a small network from a committee.
+"""Distils a student from larger models, in one of several experiments.
 
     python -m train.distill --experiment lm --teacher default --text notes.txt --layers 2 --out runs/small
     python -m train.distill --experiment diverse --out runs/digits
+    python -m train.distill --experiment transfer --out runs/transfer
+    python -m train.distill --experiment sam_clip --out runs/merged
+    python -m train.distill --experiment cliptex --out runs/cliptex
 
-`--experiment lm --help` and `--experiment diverse --help` list the options of each. With `--resume` an interrupted run
-goes on where it was.
+`--experiment lm --help` and the like list the options of each. With `--resume` an interrupted run goes on where it was.
 """
 
 import argparse

@@ -119,7 +119,8 @@ class ClipTexConfig(LoopConfig):
     def clip_sizes(self) -> Clip:
         """Sizes of both towers."""
         names = ("patch", "width", "layers", "heads")
-        vit = ViT(size=(self.size, self.size), stem=True, **{name: getattr(self, name) for name in names})
+        sizes: Any = {name: getattr(self, name) for name in names}
+        vit = ViT(size=(self.size, self.size), stem=True, **sizes)
         text = {"width": self.text_width, "layers": self.text_layers, "heads": self.heads, "dim": self.dim}
         return Clip(image=vit, vocab=len(WORDS), length=LENGTH, **text)
 
@@ -273,7 +274,7 @@ class Judge:
             **self._zero_shot(params),
         }
 
-    def _coarse(self, scenes: Scenes) -> dict[str, np.ndarray]:
+    def _coarse(self, scenes: Scenes) -> dict[str, Any]:
         """Four labels a patch, flat: the targets of the probes, at two labels a side."""
         half = self.config.patch // 2
 

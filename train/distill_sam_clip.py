@@ -334,7 +334,8 @@ def text_iou(config: SamClipConfig, data: Data) -> Callable[[Params], float]:
 
     A pixel is ground where no cosine exceeds a threshold, as is usual; it is chosen on scenes that are not judged.
     """
-    cosines = jax.jit(lambda params, x: text_segment(config.vit, params["encoder"], params["text_head"], x, data.texts))
+    texts = jnp.asarray(data.texts)
+    cosines = jax.jit(lambda params, x: text_segment(config.vit, params["encoder"], params["text_head"], x, texts))
 
     def iou(found: np.ndarray, threshold: float, true: np.ndarray) -> float:
         named = np.where(found.max(-1) > threshold, 1 + found.argmax(-1), 0)

@@ -45,7 +45,8 @@ def stage(
     """
     kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
     own = {"steps": steps, "learning_rate": rate, "warmup": min(config.warmup, steps - 1)}
-    loop = LoopConfig(**kept | own | {"stop_at": config.stop_at if out == config.out else 0})
+    options: Any = kept | own | {"stop_at": config.stop_at if out == config.out else 0}
+    loop = LoopConfig(**options)
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         del key

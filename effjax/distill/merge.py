@@ -206,7 +206,9 @@ def module_rates(rates: Mapping[str, float]) -> optax.GradientTransformation:
             raise ConfigError(f"module_rates: of {sorted(rates)}, but the parameters are {sorted(params)}: name these")
         return {name: name for name in params}
 
-    parts = {name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in rates.items()}
+    parts: dict[Any, optax.GradientTransformation] = {
+        name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in rates.items()
+    }
     return optax.partition(parts, labels)
 
 

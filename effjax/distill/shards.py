@@ -19,6 +19,7 @@ from effjax.io.directory import file_renamed_when_whole
 from effjax.io.safetensors_file import TensorEntry, layout, put, raw_bytes, read_entries
 
 MANIFEST = "store.json"
+OWN_HASH = "sha256"  # of the other entries
 _AGAIN = "delete it and write the store again: only what is missing is made"
 
 Manifest = dict[str, Any]
@@ -109,6 +110,8 @@ def read_manifest(directory: Path, form: str) -> Manifest:
         raise CheckpointError(f"{directory.name}/{MANIFEST}: is damaged ({error}): write the store anew") from error
     if not isinstance(manifest, dict) or manifest.get("format") != form:
         raise CheckpointError(f"{directory.name}/{MANIFEST}: is not of this format ({form}): write the store anew")
+    if manifest.pop(OWN_HASH, None) != _own_hash(manifest):
+        raise CheckpointError(f"{directory.name}/{MANIFEST}: is damaged (its hash differs): write the store anew")
     return manifest
 
 
@@ -138,7 +141,8 @@ def _begin(directory: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{directory.name}: is not empty and holds no store: name another directory")
     directory.mkdir(exist_ok=True)
     with file_renamed_when_whole(directory / MANIFEST) as stream:
-        stream.write((json.dumps(manifest, indent=1) + "\n").encode())
+        told = {**manifest, OWN_HASH: _own_hash(manifest)}
+        stream.write((json.dumps(told, indent=1) + "\n").encode())
 
 
 def _read_shard(
@@ -162,7 +166,11 @@ def _read_shard(
 
 def _told(manifest: Manifest, index: int) -> str:
     """What a shard says of itself: its place, and the store that it is of."""
-    return f"{index} {hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}"
+    return f"{index} {_own_hash(manifest)}"
+
+
+def _own_hash(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_name(index: int) -> str:
