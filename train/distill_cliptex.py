@@ -121,7 +121,7 @@ class ClipTexConfig(LoopConfig):
         names = ("patch", "width", "layers", "heads")
         sizes: Any = {name: getattr(self, name) for name in names}
         vit = ViT(size=(self.size, self.size), stem=True, **sizes)
-        text = {"width": self.text_width, "layers": self.text_layers, "heads": self.heads, "dim": self.dim}
+        text: Any = {"width": self.text_width, "layers": self.text_layers, "heads": self.heads, "dim": self.dim}
         return Clip(image=vit, vocab=len(WORDS), length=LENGTH, **text)
 
 
