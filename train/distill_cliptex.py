@@ -185,8 +185,8 @@ def train_clip(config: ClipTexConfig, data: Data) -> Params | None:
         images, words, _ = _batch(config, data, None, (9, step))
         return images, words
 
-    init = lambda key: init_clip(key, sizes)  # noqa: E731
-    return stage(config, config.out / "clip", loss, init, batch_at, steps=config.clip_steps, rate=config.clip_rate)
+    steps = {"steps": config.clip_steps, "rate": config.clip_rate}
+    return stage(config, config.out / "clip", loss, lambda key: init_clip(key, sizes), batch_at, **steps)
 
 
 def _batch(config: ClipTexConfig, data: Data, labels: LabelStore | None, seed: tuple[int, int]) -> Any:
