@@ -121,8 +121,15 @@ class ClipTexConfig(LoopConfig):
         names = ("patch", "width", "layers", "heads")
         sizes: Any = {name: getattr(self, name) for name in names}
         vit = ViT(size=(self.size, self.size), stem=True, **sizes)
-        text: Any = {"width": self.text_width, "layers": self.text_layers, "heads": self.heads, "dim": self.dim}
-        return Clip(image=vit, vocab=len(WORDS), length=LENGTH, **text)
+        return Clip(
+            image=vit,
+            vocab=len(WORDS),
+            length=LENGTH,
+            width=self.text_width,
+            layers=self.text_layers,
+            heads=self.heads,
+            dim=self.dim,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +290,7 @@ class Judge:
             return x.reshape(n, side, 2, half, side, 2, half).transpose(0, 1, 4, 2, 5, 3, 6).reshape(n * side**2, 4, -1)
 
         return {
-            "classes": squares(scenes.classes)[..., half // 2 * (half + 1)].astype(np.int32),
+            "classes": np.asarray(squares(scenes.classes)[..., half // 2 * (half + 1)], np.int32),
             "depth": squares(scenes.depth).mean(-1),
             "edges": squares(edges(scenes.instances)).any(-1).astype(np.int32),
         }

@@ -43,10 +43,9 @@ def stage(
         rates: factors of it by module (see `effjax.distill.module_rates`); None for 1.
         evaluate: `params -> figures`.
     """
-    kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
-    own = {"steps": steps, "learning_rate": rate, "warmup": min(config.warmup, steps - 1)}
-    options: Any = kept | own | {"stop_at": config.stop_at if out == config.out else 0}
-    loop = LoopConfig(**options)
+    kept: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
+    kept |= {"steps": steps, "learning_rate": rate, "warmup": min(config.warmup, steps - 1)}
+    loop = LoopConfig(**kept | {"stop_at": config.stop_at if out == config.out else 0})
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         del key

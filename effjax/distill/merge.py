@@ -6,7 +6,7 @@ distance to the second model's embeddings, and focal and dice loss to the first 
 The functions of losses, gradient and rates take any pair of models.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -206,7 +206,7 @@ def module_rates(rates: Mapping[str, float]) -> optax.GradientTransformation:
             raise ConfigError(f"module_rates: of {sorted(rates)}, but the parameters are {sorted(params)}: name these")
         return {name: name for name in params}
 
-    parts: dict[Any, optax.GradientTransformation] = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
         name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in rates.items()
     }
     return optax.partition(parts, labels)
