@@ -43,9 +43,10 @@ def stage(
         rates: factors of it by module (see `effjax.distill.module_rates`); None for 1.
         evaluate: `params -> figures`.
     """
-    kept: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
-    kept |= {"steps": steps, "learning_rate": rate, "warmup": min(config.warmup, steps - 1)}
-    loop = LoopConfig(**kept | {"stop_at": config.stop_at if out == config.out else 0})
+    loop: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
+    loop["steps"], loop["learning_rate"], loop["warmup"] = steps, rate, min(config.warmup, steps - 1)
+    loop["stop_at"] = config.stop_at if out == config.out else 0
+    told = LoopConfig(**loop)
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         del key
@@ -53,9 +54,9 @@ def stage(
         count = jnp.asarray(len(jax.tree.leaves(batch)[0]), jnp.float32)
         return value * count, count, {name: (part * count, count) for name, part in parts.items()}
 
-    optimizer = make_optimizer(loop)
+    optimizer = make_optimizer(told)
     optimizer = optimizer if rates is None else optax.chain(optimizer, module_rates(rates))
-    state = fit(loss_fn, init, batch_at, loop, out, resume=config.resume, evaluate=evaluate, optimizer=optimizer)
+    state = fit(loss_fn, init, batch_at, told, out, resume=config.resume, evaluate=evaluate, optimizer=optimizer)
     if int(state.step) < steps:
         print(f"stopped in {out.name} at step {int(state.step)} of {steps}; go on with --resume")
         return None
