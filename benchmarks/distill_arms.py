@@ -179,7 +179,9 @@ def error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def judge(name: str, complementary: np.ndarray, chosen: Chosen, measure: Measure) -> tuple[dict[str, Bar], Any]:
+def judge(
+    name: str, complementary: np.ndarray, chosen: Chosen, measure: Measure, *, margin: float = 1
+) -> tuple[dict[str, Bar], Any]:
     """Runs all arms with what was chosen for them, prints a table, and returns bars and mean scores.
 
     Args:
@@ -187,6 +189,7 @@ def judge(name: str, complementary: np.ndarray, chosen: Chosen, measure: Measure
         complementary: scores of the complementary teacher, of all seeds.
         chosen: hyper-parameters by arm.
         measure: scores and share of passes.
+        margin: points by which the committee shall be ahead of the mean of its teachers' logits.
     """
     settings = {arm: chosen[arm.removesuffix(", skipping")] for arm in ARMS}
     found, kept = {}, {}
@@ -205,7 +208,7 @@ def judge(name: str, complementary: np.ndarray, chosen: Chosen, measure: Measure
     single = max((n for n in found if n.startswith(("logits of the", "hints of the"))), key=lambda n: found[n].mean())
     both, foundation, skipping = (found[n] for n in ("logits of both", "asked foundation", "asked committee, skipping"))
     bars = {
-        "committee over logits of both": Bar(mean(asked - both), low=1),
+        "committee over logits of both": Bar(mean(asked - both), low=margin),
         f"committee over the best single teacher ({single})": Bar(mean(asked - found[single]), low=0),
         "committee over asking the foundation alone": Bar(mean(asked - foundation), low=0),
         "passes left by skipping": Bar(kept["asked committee, skipping"], high=0.7, paper="about 0.7"),

@@ -2,6 +2,7 @@
 
     python -m train.distill --experiment lm --teacher default --text notes.txt --layers 2 --out runs/small
     python -m train.distill --experiment diverse --out runs/digits
+    python -m train.distill --experiment recommend --data DIR --out runs/recommend
     python -m train.distill --experiment transfer --out runs/transfer
     python -m train.distill --experiment sam_clip --out runs/merged
     python -m train.distill --experiment cliptex --out runs/cliptex
@@ -12,13 +13,21 @@
 import argparse
 import sys
 
-from train import distill_cliptex, distill_diverse, distill_lm, distill_sam_clip, distill_transfer
+from train import (
+    distill_cliptex,
+    distill_diverse,
+    distill_lm,
+    distill_recommend,
+    distill_sam_clip,
+    distill_transfer,
+)
 from train.command import run
 
 EXPERIMENTS = {
     "lm": (distill_lm.LmDistillConfig, distill_lm.distill, distill_lm.__doc__),
     "diverse": (distill_diverse.DiverseConfig, distill_diverse.distill, distill_diverse.__doc__),
     "cliptex": (distill_cliptex.ClipTexConfig, distill_cliptex.distill, distill_cliptex.__doc__),
+    "recommend": (distill_recommend.RecommendConfig, distill_recommend.distill, distill_recommend.__doc__),
     "sam_clip": (distill_sam_clip.SamClipConfig, distill_sam_clip.distill, distill_sam_clip.__doc__),
     "transfer": (distill_transfer.TransferConfig, distill_transfer.distill, distill_transfer.__doc__),
 }

@@ -128,7 +128,7 @@ class Phases:
         Args:
             name: of its folder.
             loss_fn: `(params, batch, key) -> losses`, a value an image.
-            init: parameters, or `key -> params`.
+            init: parameters, or `key -> params`; the former where a part is trained alone.
             batch_at: `step -> batch`.
             steps, rate: how many, and the peak of the rate.
             only: part of the parameters that is trained alone.
@@ -144,8 +144,8 @@ class Phases:
         loop = LoopConfig(**kept | changed)
         optimizer = make_optimizer(loop)
         if only is not None:
-            frozen = {part: part != only for part in jax.eval_shape(lambda: init)}
-            optimizer = optax.chain(optax.masked(optax.set_to_zero(), frozen), optimizer)
+            rest = optax.masked(optax.set_to_zero(), {part: part != only for part in init})
+            optimizer = optax.chain(rest, optimizer, rest)  # neither in the norm that is clipped, nor decayed
         if judge is not None:
             optimizer = keep_best(optimizer, judge)
 

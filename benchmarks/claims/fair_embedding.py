@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bars import Bar, conclude
+from benchmarks.movielens import read_liked
 from effjax.sketch import Subspace, average
 
 SEEDS = (0, 1, 2)
@@ -77,17 +78,7 @@ def synthetic(seed: int, ratio: float, taste: float = 3.0, popular: float = 1.0)
 
 def movielens(root: str, seed: int) -> Task:
     """ml-1m, ratings from 3 on, its 240 most active users and 1,024 commonest items; devices of 2x, 8x and 64x."""
-    found = {}
-    for split in ("train", "valid", "test"):
-        lines = (Path(root) / f"recsys/ml-1m-implicit/{split}.txt").read_text().splitlines()
-        found[split] = [[int(word) for word in line.split()] for line in lines]
-    users = 1 + max(row[0] for rows in found.values() for row in rows)
-    items = 1 + max(max(row[1:], default=0) for rows in found.values() for row in rows)
-    matrices = {}
-    for split, rows in found.items():
-        matrices[split] = np.zeros((users, items), bool)
-        for user, *liked in rows:
-            matrices[split][user, liked] = True
+    matrices = read_liked(Path(root) / "recsys/ml-1m-implicit")
     # As many visits a user as the synthetic task has need a small crowd; 64 divides the cells, so that spaces nest.
     active = np.argsort(-matrices["train"].sum(1), kind="stable")[:240]
     common = np.argsort(-matrices["train"].sum(0), kind="stable")[:1024]

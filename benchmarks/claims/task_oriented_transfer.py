@@ -215,7 +215,7 @@ def on_labels(
     """`adapt`, all of the network or a part alone, images moved by up to a pixel."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(rate, steps))
     if only:
-        optimizer = optax.chain(optax.masked(optax.set_to_zero(), {name: name != only for name in params}), optimizer)
+        optimizer = optax.chain(optimizer, optax.masked(optax.set_to_zero(), {name: name != only for name in params}))
     options = {"steps": steps, "batch": FEW, "key": key, "augment": moved}
     return adapt(params, apply_cnn, labelled, heldout, optimizer, **options)
 

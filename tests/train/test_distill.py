@@ -171,7 +171,7 @@ def test_errors_are_one_line(tiny, monkeypatch, tmp_path, flags, text):
 
 
 def test_images_that_do_not_fit(tiny, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: images \[60, 4, 4\], labels \[60\], pool=3: give"):
+    with pytest.raises(SystemExit, match=r"error: images \[60, 4, 4\], pool=3: give a pool"):
         committee(monkeypatch, tiny, tmp_path / "out", "--pool", 3)
     with pytest.raises(SystemExit, match="error: --data .*nowhere.npz: cannot be read as images and labels"):
         committee(monkeypatch, tiny, tmp_path / "out", "--data", "nowhere.npz")

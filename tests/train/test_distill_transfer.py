@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from effjax.errors import ConfigError
@@ -65,6 +66,17 @@ def test_the_student_loads_and_every_phase_is_recorded(whole):
     for phase in PHASES:
         records = [json.loads(line) for line in (whole / phase / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == [1, 2, 3, 4], phase
+
+
+def test_the_head_is_trained_before_the_rest(whole):
+    def state(phase):
+        return ocp.StandardCheckpointer().restore((whole / phase / "checkpoints" / "4" / "state").absolute())
+
+    before, head, full = (state(phase)["params"] for phase in PHASES[:3])
+    for name, same in {"conv_0": True, "conv_1": True, "head": False}.items():
+        found, wanted = (np.asarray(params[name]["kernel"]) for params in (head, before["net"]))
+        assert (found.shape == wanted.shape and (found == wanted).all()) == same, name
+        assert (np.asarray(full[name]["kernel"]) != found).any()
 
 
 @pytest.mark.parametrize("phase", ["adapted_full", "transfer", "finetuned"])
