@@ -2,7 +2,7 @@
 
     python -m train.distill --experiment lm --teacher default --text notes.txt --layers 2 --out runs/small
     python -m train.distill --experiment diverse --out runs/digits
-    python -m train.distill --experiment recommend --data DIR --out runs/recommend
+    python -m train.distill --experiment recommend --out runs/recommend
     python -m train.distill --experiment transfer --out runs/transfer
     python -m train.distill --experiment sam_clip --out runs/merged
     python -m train.distill --experiment cliptex --out runs/cliptex

@@ -33,6 +33,7 @@ def test_all_are_found():
     assert [path.stem for path in NOTEBOOKS] == [
         "cache_budget",
         "compose_transforms",
+        "distill_transfer",
         "one_backbone_two_teachers",
         "sampling",
         "your_own_model",
