@@ -139,7 +139,7 @@ def distill(config: RecommendConfig) -> dict[str, float] | None:
         params = train_teacher(config, name, init, applies[i], batch_at)
         if params is None:
             return None
-        dims: Any = {field: pair[i] for field, pair in shapes.items()}
+        dims: dict[str, Any] = {field: pair[i] for field, pair in shapes.items()}
         teachers.append(Teacher(params=params, apply_lo=lower[i], apply_hi=(HI, upper)[i], **dims))
     committee = Committee(teachers=tuple(teachers))
 
