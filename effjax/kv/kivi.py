@@ -129,7 +129,7 @@ class KIVI:
         """The coders of so many layers: there is nothing to learn, so no text is needed.
 
         Example:
-            >>> KIVI(bits=2, head_dim=64).coders(2).bits_per_channel((1, 2, 4096, 64))
+            >>> KIVI(bits=2, head_dim=64, residual=0).coders(2).bits_per_channel((1, 2, 4096, 64))
             3.0
         """
         keys, values = (Coder(coding=coding, tables=None) for coding in (self.keys, self.values))

@@ -96,6 +96,7 @@ def apply_vit(
         ConfigError: images of other channels, or whose sides the patch does not divide.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> config = ViT(size=(16, 16), width=8, layers=1, heads=2)
         >>> params = init_vit(jax.random.key(0), config)
         >>> apply_vit(config, params, jnp.ones((2, 24, 16, 3))).shape  # of another size than the embeddings
@@ -130,6 +131,7 @@ def pool(grid: Float[Array, "*batch rows columns width"], kind: Pooling) -> Floa
     """One vector of all patches. With the maximum a feature answers to one place, so patches learn what they show.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> grid = jnp.arange(4.0).reshape(1, 2, 2, 1)
         >>> pool(grid, "max").tolist(), pool(grid, "mean").tolist()
         ([[3.0]], [[1.5]])

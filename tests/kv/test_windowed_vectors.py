@@ -44,7 +44,7 @@ def texts(seed: int, batch: int, slots: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(seed)).normal(size=(2, batch, HEADS, slots, WIDTH)).astype(np.float32)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sizes=st.sampled_from([(4, 0), (4, 8), (1, 3)]),
     parts=st.lists(st.sampled_from([1, 3, 9]), min_size=1, max_size=5),
@@ -60,7 +60,7 @@ def test_what_is_held_is_what_the_coding_gives_for_the_text_so_far(sizes, parts,
     text = texts(seed, 2, 60)
     for i, part in enumerate(parts):
         lengths = np.array([part, max(part - short, 0) if i % 2 else part])
-        new = np.zeros((2, 2, HEADS, part, WIDTH), np.float32)
+        new = np.zeros((2, 2, HEADS, 1 if part == 1 else 9, WIDTH), np.float32)  # few shapes, few programs
         for row in range(2):
             upto = given_so_far[row] + lengths[row]
             new[:, row, :, : lengths[row]] = text[:, row, :, given_so_far[row] : upto]
