@@ -80,9 +80,7 @@ def train_teacher(
         apply: `(params, x) -> logits`.
         batch_at: `step -> (x, labels)`.
     """
-    kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
-    steps = {"steps": config.teacher_steps, "learning_rate": config.teacher_rate, "stop_at": 0, "warmup": 0}
-    loop = LoopConfig(**kept | steps)
+    loop = config.of_part(steps=config.teacher_steps, learning_rate=config.teacher_rate, stop_at=0, warmup=0)
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         del key

@@ -1,7 +1,7 @@
 """What every run of the loop is told: steps, optimizer, mesh, precision, checkpoints."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from effjax.errors import ConfigError
 
@@ -52,3 +52,8 @@ class LoopConfig:
             raise ConfigError(f"warmup={self.warmup}: must be at least 0 and below steps={self.steps}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"compute_dtype={self.compute_dtype!r}: must be float32 or bfloat16")
+
+    def of_part(self, **changes: Any) -> "LoopConfig":
+        """The loop's settings alone, some of them changed: for one part of a run that has several."""
+        kept: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoopConfig)}
+        return LoopConfig(**kept | changes)

@@ -138,10 +138,8 @@ class Phases:
             Parameters on the host, or None where the phase did not end.
         """
         config = self.config
-        kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
         stop_at = config.stop_at if name == "transfer" else 0
-        changed: dict[str, Any] = {"steps": steps, "learning_rate": rate, "warmup": 0, "stop_at": stop_at}
-        loop = LoopConfig(**kept | changed)
+        loop = config.of_part(steps=steps, learning_rate=rate, warmup=0, stop_at=stop_at)
         optimizer = make_optimizer(loop)
         if only is not None:
             rest = optax.masked(optax.set_to_zero(), {part: part != only for part in init})

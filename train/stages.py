@@ -1,6 +1,5 @@
 """Stages of an experiment, each on the loop in a folder of its own: a small loss in, parameters out."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import optax
 
 from effjax.distill import module_rates
-from train.config import LoopConfig
 from train.loop import fit
 from train.processes import to_host
 from train.step import make_optimizer
@@ -43,10 +41,8 @@ def stage(
         rates: factors of it by module (see `effjax.distill.module_rates`); None for 1.
         evaluate: `params -> figures`.
     """
-    loop: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoopConfig)}
-    loop["steps"], loop["learning_rate"], loop["warmup"] = steps, rate, min(config.warmup, steps - 1)
-    loop["stop_at"] = config.stop_at if out == config.out else 0
-    told = LoopConfig(**loop)
+    stop_at = config.stop_at if out == config.out else 0
+    told = config.of_part(steps=steps, learning_rate=rate, warmup=min(config.warmup, steps - 1), stop_at=stop_at)
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         del key

@@ -97,8 +97,11 @@ def coders(name: str, model: "LoadedModel", calibrating: "CalibratingKV") -> "KV
         from effjax.kv.coders_file import load_coders
 
         return load_coders(name)
-    if name.startswith("kivi"):
-        return coding(name, model.config.head_dim).coders(model.config.num_hidden_layers)  # type: ignore[union-attr]
+    from effjax.kv.kivi import KIVI
+
+    method = coding(name, model.config.head_dim)
+    if isinstance(method, KIVI):
+        return method.coders(model.config.num_hidden_layers)
     return learned(name, model, calibrating)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
 from effjax.errors import CheckpointError
-from effjax.io.directory import file_renamed_when_whole
+from effjax.io.directory import file_renamed_when_whole, hash_of_entries
 from effjax.io.safetensors_file import TensorEntry, layout, put, raw_bytes, read_entries
 
 MANIFEST = "store.json"
@@ -110,7 +110,7 @@ def read_manifest(directory: Path, form: str) -> Manifest:
         raise CheckpointError(f"{directory.name}/{MANIFEST}: is damaged ({error}): write the store anew") from error
     if not isinstance(manifest, dict) or manifest.get("format") != form:
         raise CheckpointError(f"{directory.name}/{MANIFEST}: is not of this format ({form}): write the store anew")
-    if manifest.pop(OWN_HASH, None) != _own_hash(manifest):
+    if manifest.pop(OWN_HASH, None) != hash_of_entries(manifest):
         raise CheckpointError(f"{directory.name}/{MANIFEST}: is damaged (its hash differs): write the store anew")
     return manifest
 
@@ -141,7 +141,7 @@ def _begin(directory: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{directory.name}: is not empty and holds no store: name another directory")
     directory.mkdir(exist_ok=True)
     with file_renamed_when_whole(directory / MANIFEST) as stream:
-        told = {**manifest, OWN_HASH: _own_hash(manifest)}
+        told = {**manifest, OWN_HASH: hash_of_entries(manifest)}
         stream.write((json.dumps(told, indent=1) + "\n").encode())
 
 
@@ -166,11 +166,7 @@ def _read_shard(
 
 def _told(manifest: Manifest, index: int) -> str:
     """What a shard says of itself: its place, and the store that it is of."""
-    return f"{index} {_own_hash(manifest)}"
-
-
-def _own_hash(manifest: Manifest) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return f"{index} {hash_of_entries(manifest)}"
 
 
 def _shard_name(index: int) -> str:

@@ -16,7 +16,7 @@ import yaml
 from effjax.arrays.base import PyTree, is_compressed
 from effjax.arrays.shared import with_any_table
 from effjax.errors import CheckpointError
-from effjax.io.directory import renamed_when_whole
+from effjax.io.directory import hash_of_entries, renamed_when_whole
 from effjax.io.encoding import decode, encode
 from effjax.io.safetensors_file import TensorEntry, raw_bytes, read_entries, write_file
 from effjax.paths import leaves_with_paths
@@ -138,7 +138,7 @@ def texts_of(
         "tensors": dict(hashes),
         "files": {name: _hash(text.encode()) for name, text in texts.items()},
     }
-    contents[OWN_HASH] = _own_hash(contents)
+    contents[OWN_HASH] = hash_of_entries(contents)
     texts[MANIFEST] = json.dumps(contents, indent=1) + "\n"
     return texts
 
@@ -250,7 +250,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             "update effjax"
         )
     own = manifest.pop(OWN_HASH, None)
-    hashed = _own_hash(manifest)
+    hashed = hash_of_entries(manifest)
     weights = manifest.setdefault("weights", [WEIGHTS])
     if not isinstance(weights, list) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{MANIFEST} lacks a valid 'weights' entry: it is damaged or not of effjax")
@@ -260,11 +260,6 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     if own not in (None, hashed):  # None: written before manifests had one
         raise CheckpointError(f"{MANIFEST} was changed after it was written (its hash differs): restore it")
     return manifest
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    """Of all entries of a manifest, in any order and layout."""
-    return _hash(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _entries(root: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEntry]:

@@ -1,12 +1,14 @@
 """Directories and files that appear whole or not at all."""
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from effjax.errors import CheckpointError
 
@@ -82,3 +84,13 @@ def _umask() -> int:
     current = os.umask(0o022)
     os.umask(current)
     return current
+
+
+def hash_of_entries(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all entries of a manifest, in any order and layout: what it carries itself to tell damage.
+
+    Example:
+        >>> hash_of_entries({"a": 1, "b": [2]}) == hash_of_entries({"b": [2], "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
